@@ -1,0 +1,132 @@
+"""Which rows of a flat token batch use which adapter slot, sorted once per iteration.
+
+Owns the permutation of rows and the tile tables of the Triton kernels. Knows neither weights nor requests.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_MIN_TILE_ROWS, _MAX_TILE_ROWS = 16, 64
+
+
+class LoraBatch:
+    """The adapter rows of one flat batch [T, ...]; immutable.
+
+    Attributes:
+        segments: `(slot, start, end)` ranges into `token_idx`, one per slot, ascending by slot.
+        rows: per segment the rows of the batch: a slice where they are one contiguous run, else an int64
+        index. token_idx: int64 [P] on the device, the rows sorted by slot, in the order of the runs within a
+        slot. num_rows: P, the number of rows that use an adapter.
+        max_row: the highest row used, for bounds checks.
+    """
+
+    __slots__ = (
+        "_grad_pointers",
+        "_tables",
+        "max_row",
+        "num_rows",
+        "rows",
+        "segments",
+        "tile_rows",
+        "token_idx",
+    )
+
+    def __init__(self, runs_by_slot: Mapping[int, list[tuple[int, int]]], device: torch.device) -> None:
+        segments: list[tuple[int, int, int]] = []
+        index: list[int] = []
+        for slot in sorted(runs_by_slot):
+            start = len(index)
+            for first, last in runs_by_slot[slot]:
+                index.extend(range(first, last))
+            segments.append((slot, start, len(index)))
+        self.segments = tuple(segments)
+        self.num_rows = len(index)
+        self.max_row = max(index)
+        self.tile_rows = _tile_rows(max(end - start for _, start, end in segments))
+        if device.type == "cuda":
+            packed = torch.tensor(index + self._table_values(), dtype=torch.int64).to(
+                device, non_blocking=True
+            )
+            self.token_idx = packed[: self.num_rows]
+            self._tables: tuple[Tensor, Tensor] | None = self._split_tables(packed[self.num_rows :])
+        else:
+            self.token_idx = torch.tensor(index, dtype=torch.int64, device=device)
+            self._tables = None
+        self.rows: tuple[slice | Tensor, ...] = tuple(
+            slice(*runs_by_slot[slot][0]) if len(runs_by_slot[slot]) == 1 else self.token_idx[start:end]
+            for slot, start, end in self.segments
+        )
+        self._grad_pointers: tuple[tuple[int, ...], Tensor] | None = None
+
+    @staticmethod
+    def build(runs: Sequence[tuple[int, int, int]], device: torch.device | str) -> "LoraBatch | None":
+        """Sort runs `(slot, row_start, num_rows)` by slot; None if they hold no row at all.
+
+        Rows of one slot may come in several runs; rows that use no adapter are simply absent.
+
+        Raises:
+            ValueError: a negative slot, row or length, or two runs that share a row.
+        """
+        by_slot: dict[int, list[tuple[int, int]]] = {}
+        for slot, start, length in runs:
+            if slot < 0 or start < 0 or length < 0:
+                raise ValueError(f"negative value in run {(slot, start, length)}")
+            if length == 0:
+                continue
+            slot_runs = by_slot.setdefault(slot, [])
+            if slot_runs and slot_runs[-1][1] == start:
+                slot_runs[-1] = (slot_runs[-1][0], start + length)
+            else:
+                slot_runs.append((start, start + length))
+        if not by_slot:
+            return None
+        _check_disjoint(run for slot_runs in by_slot.values() for run in slot_runs)
+        return LoraBatch(by_slot, torch.device(device))
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Tile table [num_tiles, 3] of `(slot, start, num_rows)` and segment table [num_segments, 3] of
+        `(slot, start, num_rows)`, both int64 on the device; starts index `token_idx`."""
+        if self._tables is None:
+            values = torch.tensor(self._table_values(), dtype=torch.int64, device=self.token_idx.device)
+            self._tables = self._split_tables(values)
+        return self._tables
+
+    def grad_pointers(self, grads: Mapping[int, Tensor]) -> Tensor:
+        """Address of each segment's flat gradient, int64 [num_segments]; 0 for slots absent from `grads`."""
+        addresses = tuple(grads[slot].data_ptr() if slot in grads else 0 for slot, _, _ in self.segments)
+        if self._grad_pointers is None or self._grad_pointers[0] != addresses:
+            values = torch.tensor(addresses, dtype=torch.int64).to(self.token_idx.device, non_blocking=True)
+            self._grad_pointers = (addresses, values)
+        return self._grad_pointers[1]
+
+    def _table_values(self) -> list[int]:
+        values: list[int] = []
+        for slot, start, end in self.segments:
+            for tile in range(start, end, self.tile_rows):
+                values += (slot, tile, min(self.tile_rows, end - tile))
+        for slot, start, end in self.segments:
+            values += (slot, start, end - start)
+        return values
+
+    def _split_tables(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        rows = values.view(-1, 3)
+        num_tiles = rows.shape[0] - len(self.segments)
+        return rows[:num_tiles], rows[num_tiles:]
+
+
+def _tile_rows(longest: int) -> int:
+    tile = _MIN_TILE_ROWS
+    while tile < min(longest, _MAX_TILE_ROWS):
+        tile *= 2
+    return tile
+
+
+def _check_disjoint(runs: Iterable[tuple[int, int]]) -> None:
+    previous_end = 0
+    for start, end in sorted(runs):
+        if start < previous_end:
+            raise ValueError(f"row {start} belongs to two runs")
+        previous_end = end

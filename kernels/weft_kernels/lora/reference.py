@@ -1,0 +1,176 @@
+"""Batched LoRA in plain PyTorch: the definition of the op, and the CPU path.
+
+Loops over the adapters present in the batch, never over tokens. Differentiable by autograd through `x`, `y`
+and the arena, in any float dtype (float64 serves as an oracle). Arguments are checked by the package's entry
+points.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from weft_kernels.lora.batch import LoraBatch
+from weft_kernels.lora.dropout import LoraDropout, dropout_mask
+from weft_kernels.lora.table import LoraGroup, LoraTable
+
+
+def lora_forward(
+    x: Tensor,
+    y: Tensor,
+    table: LoraTable,
+    layer: int,
+    modules: tuple[int, ...],
+    widths: Sequence[int],
+    batch: LoraBatch,
+    dropout: LoraDropout | None = None,
+) -> None:
+    """`y[:, columns of m] += s_m (drop_m(x) A_mᵀ) B_m`; see `weft_kernels.lora.lora_forward`."""
+    columns = _columns(widths)
+    for (slot, _, _), rows in zip(batch.segments, batch.rows, strict=True):
+        group = table.group(slot, layer, modules)
+        if group is None:
+            continue
+        x_rows = _take(x, rows)
+        masks = _masks(dropout, rows, layer, modules, group)
+        shrunk = _shrink(x_rows, group, masks)
+        for (member, entry, _, _), v in zip(group.members, shrunk, strict=True):
+            start, end = columns[member]
+            _add_product(y, rows, start, end, v, _as(entry.b, x), entry.scale)
+
+
+@torch.no_grad()
+def lora_backward(
+    x: Tensor,
+    dy: Tensor,
+    dx: Tensor,
+    grads: Mapping[int, Tensor],
+    table: LoraTable,
+    layer: int,
+    modules: tuple[int, ...],
+    widths: Sequence[int],
+    batch: LoraBatch,
+    dropout: LoraDropout | None = None,
+) -> None:
+    """Adds to `dx` and to the flat gradients; see `weft_kernels.lora.lora_backward`."""
+    columns = _columns(widths)
+    for (slot, _, _), rows in zip(batch.segments, batch.rows, strict=True):
+        group = table.group(slot, layer, modules)
+        if group is None:
+            continue
+        dy_rows = _take(dy, rows)
+        masks = _masks(dropout, rows, layer, modules, group)
+        u = dy_rows.new_empty(dy_rows.shape[0], group.num_ranks)
+        for member, entry, first, last in group.members:
+            start, end = columns[member]
+            torch.mm(dy_rows[:, start:end], _as(entry.b, dy).mT, out=u[:, first:last]).mul_(entry.scale)
+        _add_input_grad(dx, rows, u, group, masks)
+        if slot in grads:
+            _add_weight_grads(grads[slot], _take(x, rows), dy_rows, u, group, columns, masks)
+
+
+def _shrink(x: Tensor, group: LoraGroup, masks: list[Tensor] | None) -> list[Tensor]:
+    """`drop(x) Aᵀ` of every member: [rows, R] each."""
+    if masks is not None:
+        dropped = zip(group.members, masks, strict=True)
+        return [_drop(x, mask) @ _as(entry.a, x).mT for (_, entry, _, _), mask in dropped]
+    if group.stacked_a is not None:
+        v = x @ _as(group.stacked_a, x).mT
+        if len(group.members) == 1:
+            return [v]
+        return [v[:, first:last] for _, _, first, last in group.members]
+    return [x @ _as(entry.a, x).mT for _, entry, _, _ in group.members]
+
+
+def _add_input_grad(
+    dx: Tensor, rows: slice | Tensor, u: Tensor, group: LoraGroup, masks: list[Tensor] | None
+) -> None:
+    """`dx[rows] += Σ_m mask_m · (u_m A_m)`."""
+    if masks is None and group.stacked_a is not None:
+        _add_product(dx, rows, 0, dx.shape[1], u, _as(group.stacked_a, u), 1.0)
+        return
+    for i, (_, entry, first, last) in enumerate(group.members):
+        if masks is None:
+            _add_product(dx, rows, 0, dx.shape[1], u[:, first:last], _as(entry.a, u), 1.0)
+        else:
+            _add_rows(dx, rows, 0, dx.shape[1], _drop(u[:, first:last] @ _as(entry.a, u), masks[i]), 1.0)
+
+
+def _add_weight_grads(
+    grad: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    u: Tensor,
+    group: LoraGroup,
+    columns: Sequence[tuple[int, int]],
+    masks: list[Tensor] | None,
+) -> None:
+    """`dA += uᵀ drop(x)`, `dB += (s · drop(x) Aᵀ)ᵀ dy`, products and sums in the gradient's dtype."""
+    shrunk = _shrink(x, group, masks)
+    x_wide, u_wide = x.to(grad.dtype), u.to(grad.dtype)
+    if masks is None and group.stacked_a is not None:
+        a_offset = group.members[0][1].a_offset
+        _matrix(grad, a_offset, group.num_ranks, group.in_features).addmm_(u_wide.mT, x_wide)
+    else:
+        for i, (_, entry, first, last) in enumerate(group.members):
+            dropped = x_wide if masks is None else _drop(x, masks[i]).to(grad.dtype)
+            d_a = _matrix(grad, entry.a_offset, entry.rank, group.in_features)
+            d_a.addmm_(u_wide[:, first:last].mT, dropped)
+    for (member, entry, _, _), v in zip(group.members, shrunk, strict=True):
+        start, end = columns[member]
+        d_b = _matrix(grad, entry.b_offset, entry.rank, end - start)
+        d_b.addmm_(v.to(grad.dtype).mT, dy[:, start:end].to(grad.dtype), alpha=entry.scale)
+
+
+def _masks(
+    dropout: LoraDropout | None, rows: slice | Tensor, layer: int, modules: tuple[int, ...], group: LoraGroup
+) -> list[Tensor] | None:
+    """One multiplier [rows, K] per member, or None where no row of the segment drops anything."""
+    if dropout is None or not dropout.active:
+        return None
+    selected = dropout.select(rows)
+    if not bool((selected.p > 0).any()):
+        return None
+    return [dropout_mask(selected, layer, modules[i], group.in_features) for i, _, _, _ in group.members]
+
+
+def _drop(x: Tensor, mask: Tensor) -> Tensor:
+    # Rounded once; a non-finite value in a dropped place vanishes, as it does in the kernels.
+    return torch.where(mask != 0, x * mask, 0.0).to(x.dtype)
+
+
+def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def _add_product(
+    out: Tensor, rows: slice | Tensor, start: int, end: int, left: Tensor, right: Tensor, scale: float
+) -> None:
+    """`out[rows, start:end] += scale · left @ right`, in place."""
+    if isinstance(rows, slice) and out.dtype == left.dtype:
+        out[rows, start:end].addmm_(left, right, alpha=scale)
+    else:
+        _add_rows(out, rows, start, end, left @ right, scale)
+
+
+def _add_rows(out: Tensor, rows: slice | Tensor, start: int, end: int, delta: Tensor, scale: float) -> None:
+    if isinstance(rows, slice):
+        out[rows, start:end].add_(delta, alpha=scale)
+    else:
+        out[:, start:end].index_add_(0, rows, delta.to(out.dtype), alpha=scale)
+
+
+def _columns(widths: Sequence[int]) -> list[tuple[int, int]]:
+    columns, start = [], 0
+    for width in widths:
+        columns.append((start, start + width))
+        start += width
+    return columns
+
+
+def _matrix(flat: Tensor, offset: int, num_rows: int, num_columns: int) -> Tensor:
+    return flat.narrow(0, offset, num_rows * num_columns).view(num_rows, num_columns)
+
+
+def _as(weight: Tensor, like: Tensor) -> Tensor:
+    return weight if weight.dtype == like.dtype else weight.to(like.dtype)

@@ -1,0 +1,71 @@
+"""How long an iteration may take: latency targets, and the feedback that keeps the measured percentile on target.
+
+Owns one number per situation; it does not know what fills the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SAFETY = 0.9
+"""The first budget, as a part of the per-token target."""
+
+MAX_OPEN_S = 0.5
+"""The longest iteration while nobody waits for tokens."""
+
+_WINDOW = 64
+_LOWEST, _HIGHEST = 0.1, 1.5
+_FASTEST_CUT, _FASTEST_GROWTH = 0.7, 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTargets:
+    """Per-token latency and time to first token that finetuning yields to, in seconds, at a percentile (0 to 100)."""
+
+    tpot_s: float
+    ttft_s: float
+    percentile: float = 95.0
+
+    def __post_init__(self) -> None:
+        """Refuse targets that nothing can meet.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+        """
+        if self.tpot_s <= 0.0 or self.ttft_s <= 0.0:
+            raise ValueError(f"tpot_s ({self.tpot_s}) and ttft_s ({self.ttft_s}) must be positive")
+        if not 0.0 < self.percentile <= 100.0:
+            raise ValueError(f"percentile is {self.percentile}; it must be above 0 and at most 100")
+
+
+class BudgetController:
+    """Closed loop over the iterations that carry decodes.
+
+    The budget starts at 0.9 of the target. After every 64 iterations with decodes their percentile is compared with
+    the target: above it the budget is cut in proportion (by 0.3 at most), below it the budget grows in proportion (by
+    5 % at most), within 0.1 and 1.5 of the target. A fresh window each time, so that old iterations are not punished twice.
+    """
+
+    def __init__(self, targets: LatencyTargets, max_inflight: int = 1) -> None:
+        """Start from the targets; with several plans in flight an arrival waits for all of them."""
+        self.targets = targets
+        self.decode_budget_s = targets.tpot_s * SAFETY
+        self.open_budget_s = max(min(targets.ttft_s / 4.0, MAX_OPEN_S) / max_inflight, self.decode_budget_s)
+        self.measured_s: float | None = None
+        self._times: list[float] = []
+
+    def observe(self, elapsed_s: float, num_decodes: int) -> None:
+        """Learn the time of a committed iteration; those without decodes delay nobody's next token."""
+        if not num_decodes:
+            return
+        self._times.append(elapsed_s)
+        if len(self._times) < _WINDOW:
+            return
+        self._times.sort()
+        rank = -(-len(self._times) * self.targets.percentile // 100)
+        self.measured_s = self._times[int(rank) - 1]
+        self._times.clear()
+        ratio = self.targets.tpot_s / max(self.measured_s, 1e-9)
+        budget_s = self.decode_budget_s * min(max(ratio, _FASTEST_CUT), _FASTEST_GROWTH)
+        tpot_s = self.targets.tpot_s
+        self.decode_budget_s = min(max(budget_s, tpot_s * _LOWEST), tpot_s * _HIGHEST)

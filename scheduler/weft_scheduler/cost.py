@@ -1,0 +1,286 @@
+"""How long an iteration takes, predicted from what it computes.
+
+    seconds = curve(forward_tokens) + Σ weight_j · feature_j
+
+The curve is piecewise linear and never falls, so that it shows the memory-bound plateau below which extra tokens are
+nearly free; weights are never negative. Both are one non-negative least-squares problem over relative errors: a fixed
+prior from calibration, plus the iterations seen since, forgotten exponentially. Knows numbers alone, no hardware.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Features(Protocol):
+    """Anything that has the fields of `PlanFeatures`."""
+
+    @property
+    def forward_tokens(self) -> int: ...
+    @property
+    def kv_tokens_read(self) -> int: ...
+    @property
+    def attention_products(self) -> int: ...
+    @property
+    def num_sequences(self) -> int: ...
+    @property
+    def loss_tokens(self) -> int: ...
+    @property
+    def backward_token_layers(self) -> int: ...
+    @property
+    def num_backward_slices(self) -> int: ...
+    @property
+    def num_adapters(self) -> int: ...
+    @property
+    def optimizer_steps(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlanFeatures:
+    """What the time of an iteration depends on.
+
+    `kv_tokens_read` sums the context of every segment, `attention_products` tokens · context of the segments longer
+    than one token; `num_sequences` counts segments that sample, `loss_tokens` rows of the loss head,
+    `backward_token_layers` tokens times layers of all backward slices, `num_adapters` distinct adapters.
+    """
+
+    forward_tokens: int = 0
+    kv_tokens_read: int = 0
+    attention_products: int = 0
+    num_sequences: int = 0
+    loss_tokens: int = 0
+    backward_token_layers: int = 0
+    num_backward_slices: int = 0
+    num_adapters: int = 0
+    optimizer_steps: int = 0
+
+
+@dataclass(slots=True)
+class FeatureTally:
+    """`PlanFeatures` being added up while a plan is made."""
+
+    forward_tokens: int = 0
+    kv_tokens_read: int = 0
+    attention_products: int = 0
+    num_sequences: int = 0
+    loss_tokens: int = 0
+    backward_token_layers: int = 0
+    num_backward_slices: int = 0
+    num_adapters: int = 0
+    optimizer_steps: int = 0
+
+    def freeze(self) -> PlanFeatures:
+        """The sums so far."""
+        return PlanFeatures(*_values(self))
+
+
+def _values(x: Features) -> tuple[int, ...]:
+    return (
+        x.forward_tokens,
+        x.kv_tokens_read,
+        x.attention_products,
+        x.num_sequences,
+        x.loss_tokens,
+        x.backward_token_layers,
+        x.num_backward_slices,
+        x.num_adapters,
+        x.optimizer_steps,
+    )
+
+
+KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Forward tokens at which the curve bends; beyond the last one it goes on at the last slope."""
+
+_NUM_LINEAR = 8
+_SIZE = len(KNOTS) + _NUM_LINEAR
+_NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
+_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3)
+_PRIOR_OBSERVATIONS = 32.0
+_NOMINAL_SHARE = 1e-3
+_FORGETTING = 0.998
+_REFIT_INTERVAL = 16
+_ERROR_WINDOW = 256
+
+
+class CostModel:
+    """Predicts iteration seconds. Starts from a nominal device; `calibrate` makes it this one, `observe` keeps it so."""
+
+    def __init__(self) -> None:
+        """Start from the nominal device."""
+        self._theta = [*_NOMINAL_CURVE, *_NOMINAL_WEIGHTS]
+        self._prior = _Normal.of_parameters(self._theta)
+        self._online = _Normal()
+        self._gain = 1.0
+        self._num_observed = 0
+        self._errors: deque[float] = deque(maxlen=_ERROR_WINDOW)
+        self._tabulate()
+
+    @property
+    def error_p50(self) -> float:
+        """Median relative error of the last predictions (0.1 is 10 %); 0 before the first observation."""
+        return self._error_at(0.50)
+
+    @property
+    def error_p95(self) -> float:
+        """95th percentile of the relative error of the last predictions; 0 before the first observation."""
+        return self._error_at(0.95)
+
+    def predict(self, features: Features) -> float:
+        """Seconds that an iteration with these features takes."""
+        f = features
+        w = self._weights
+        return (
+            self._curve(f.forward_tokens)
+            + w[0] * f.kv_tokens_read
+            + w[1] * f.attention_products
+            + w[2] * f.num_sequences
+            + w[3] * f.loss_tokens
+            + w[4] * f.backward_token_layers
+            + w[5] * f.num_backward_slices
+            + w[6] * f.num_adapters
+            + w[7] * f.optimizer_steps
+        )
+
+    def calibrate(self, samples: Sequence[tuple[PlanFeatures, float]]) -> None:
+        """Fit to measurements `(features, seconds)`; what they leave open stays at the nominal device's ratios.
+
+        Raises:
+            ValueError: there are no samples, or a time is not positive.
+        """
+        if not samples or any(seconds <= 0.0 for _, seconds in samples):
+            raise ValueError("calibration needs samples with positive times")
+        nominal = [*_NOMINAL_CURVE, *_NOMINAL_WEIGHTS]
+        ratios = sorted(seconds / _dot(nominal, _phi(features)) for features, seconds in samples)
+        speed = ratios[len(ratios) // 2]
+        self._theta = [value * speed for value in nominal]
+        prior = _Normal.of_parameters(self._theta)
+        prior.scale(_NOMINAL_SHARE)
+        share = _PRIOR_OBSERVATIONS / len(samples)
+        for features, seconds in samples:
+            prior.add(_phi(features), seconds, share)
+        self._prior = prior
+        self._online = _Normal()
+        self._gain = 1.0
+        prior.solve(self._theta, num_sweeps=400)
+        self._errors.clear()
+        self._tabulate()
+
+    def observe(self, features: Features, elapsed_s: float) -> None:
+        """Learn from an iteration that took `elapsed_s`; one outlier moves the fit no more than a usual error does."""
+        if elapsed_s <= 0.0:
+            return
+        predicted_s = self.predict(features)
+        phi = _phi(features)
+        if not phi or predicted_s <= 0.0:
+            return
+        reach = max(0.5, 4.0 * self.error_p50)
+        self._errors.append(abs(predicted_s - elapsed_s) / elapsed_s)
+        clipped_s = min(max(elapsed_s, predicted_s / (1.0 + reach)), predicted_s * (1.0 + reach))
+        self._gain /= _FORGETTING
+        self._online.add(phi, clipped_s, self._gain)
+        self._num_observed += 1
+        if self._num_observed % _REFIT_INTERVAL == 0:
+            self._refit()
+
+    def _refit(self) -> None:
+        self._online.scale(1.0 / self._gain)
+        self._gain = 1.0
+        both = self._online.plus(self._prior)
+        both.solve(self._theta, num_sweeps=4)
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        self._weights = tuple(self._theta[len(KNOTS) :])
+        values, total = [], 0.0
+        for increment in self._theta[: len(KNOTS)]:
+            total += increment
+            values.append(total)
+        self._curve_values = values
+        self._slopes = [
+            (high - low) / (right - left)
+            for low, high, left, right in zip(values, values[1:], KNOTS, KNOTS[1:], strict=False)
+        ]
+
+    def _curve(self, num_tokens: int) -> float:
+        if num_tokens <= 0:
+            return 0.0
+        idx = min(bisect_right(KNOTS, num_tokens) - 1, len(self._slopes) - 1)
+        return self._curve_values[idx] + (num_tokens - KNOTS[idx]) * self._slopes[idx]
+
+    def _error_at(self, quantile: float) -> float:
+        if not self._errors:
+            return 0.0
+        errors = sorted(self._errors)
+        return errors[min(int(quantile * len(errors)), len(errors) - 1)]
+
+
+def _phi(features: Features) -> dict[int, float]:
+    """The features as sparse coefficients of the parameters (curve increments, then weights)."""
+    num_tokens, *linear = _values(features)
+    phi: dict[int, float] = {}
+    if num_tokens > 0:
+        phi[0] = 1.0
+        last = len(KNOTS) - 1
+        for idx in range(1, len(KNOTS)):
+            left, right = KNOTS[idx - 1], KNOTS[idx]
+            if num_tokens <= left:
+                break
+            part = (num_tokens - left) / (right - left)
+            phi[idx] = part if idx == last else min(part, 1.0)
+    for idx, value in enumerate(linear, start=len(KNOTS)):
+        if value:
+            phi[idx] = float(value)
+    return phi
+
+
+def _dot(theta: Sequence[float], phi: dict[int, float]) -> float:
+    return sum(theta[idx] * value for idx, value in phi.items())
+
+
+class _Normal:
+    """Normal equations `A θ = b` of a weighted least-squares problem with relative errors."""
+
+    def __init__(self) -> None:
+        self.a = [[0.0] * _SIZE for _ in range(_SIZE)]
+        self.b = [0.0] * _SIZE
+
+    @classmethod
+    def of_parameters(cls, theta: Sequence[float]) -> _Normal:
+        """A weak pull of every single parameter to its value in `theta`."""
+        normal = cls()
+        for idx, value in enumerate(theta):
+            normal.a[idx][idx] = 1.0 / value**2
+            normal.b[idx] = 1.0 / value
+        return normal
+
+    def add(self, phi: dict[int, float], seconds: float, weight: float) -> None:
+        """Add one observation, weighted by `weight / seconds²`."""
+        weight /= seconds * seconds
+        for i, x in phi.items():
+            row, scaled = self.a[i], weight * x
+            self.b[i] += scaled * seconds
+            for j, y in phi.items():
+                row[j] += scaled * y
+
+    def scale(self, factor: float) -> None:
+        """Multiply every weight by `factor`."""
+        self.a = [[value * factor for value in row] for row in self.a]
+        self.b = [value * factor for value in self.b]
+
+    def plus(self, other: _Normal) -> _Normal:
+        """The sum of two problems."""
+        total = _Normal()
+        total.a = [[x + y for x, y in zip(p, q, strict=True)] for p, q in zip(self.a, other.a, strict=True)]
+        total.b = [x + y for x, y in zip(self.b, other.b, strict=True)]
+        return total
+
+    def solve(self, theta: list[float], num_sweeps: int) -> None:
+        """Improve `theta` in place by cyclic coordinate descent, kept non-negative."""
+        for _ in range(num_sweeps):
+            for idx, row in enumerate(self.a):
+                pull = self.b[idx] - sum(x * y for x, y in zip(row, theta, strict=True))
+                theta[idx] = max(0.0, theta[idx] + pull / row[idx])

@@ -1,0 +1,256 @@
+"""A plan being made: segments and slices added one by one, with the predicted time kept up to date.
+
+Knows how much each addition costs; it does not choose what to add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from weft_scheduler.cost import CostModel, FeatureTally, PlanFeatures
+from weft_scheduler.limits import Limits
+from weft_scheduler.outcomes import StepResult
+from weft_scheduler.plan import BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
+from weft_scheduler.requests import Sequence
+from weft_scheduler.residency import AdapterActions
+from weft_scheduler.training import Job, Pack, TrainingQueue, Wave
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InFlight:
+    """A plan that is made and not committed, with the states that its outcomes belong to."""
+
+    plan: StepPlan
+    features: PlanFeatures
+    num_decodes: int
+    sampled: tuple[Sequence, ...]
+    forwarded: tuple[Pack, ...]
+    done: tuple[Pack, ...]
+    stepped: tuple[Job, ...]
+
+    def check_result(self, result: StepResult) -> None:
+        """Every sequence that sampled and is still alive has its token.
+
+        Raises:
+            ValueError: naming the sequence without one.
+        """
+        for sequence in self.sampled:
+            if sequence.spec.sequence_id not in result.sampled and not sequence.is_finished:
+                raise ValueError(f"the result has no token for sequence {sequence.spec.sequence_id}")
+
+
+@dataclass(slots=True, eq=False)
+class PlanDraft:
+    """The plan of iteration `iteration`, unfinished. `num_claimed_blocks` are freed blocks that stalled decodes await."""
+
+    iteration: int
+    now_s: float
+    limits: Limits
+    cost: CostModel
+    forward: list[Segment] = field(default_factory=list)
+    backward: list[BackwardSlice] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    sampled: list[Sequence] = field(default_factory=list)
+    forwarded: list[Pack] = field(default_factory=list)
+    done: list[Pack] = field(default_factory=list)
+    stepped: list[Job] = field(default_factory=list)
+    tally: FeatureTally = field(default_factory=FeatureTally)
+    num_decodes: int = 0
+    num_prefill_tokens: int = 0
+    num_training_units: int = 0
+    num_claimed_blocks: int = 0
+    is_short_of_blocks: bool = False
+    must_finish_layer: bool = False
+    _adapter_slots: set[int] = field(default_factory=set)
+
+    @property
+    def tokens_left(self) -> int:
+        """Rows of the flat batch that are still free."""
+        return self.limits.max_batch_tokens - self.tally.forward_tokens
+
+    @property
+    def predicted_s(self) -> float:
+        """The predicted time of what has been added."""
+        return self.cost.predict(self.tally)
+
+    # ------------------------------------------------------------ inference
+
+    def add_decode(self, sequence: Sequence) -> None:
+        """One token of a running sequence; advances it."""
+        tally = self.tally
+        start = sequence.num_computed
+        self._add_segment(sequence, SegmentKind.DECODE, start, 1, samples=True)
+        tally.forward_tokens += 1
+        tally.kv_tokens_read += start + 1
+        self.num_decodes += 1
+
+    def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:
+        """A chunk of a prompt; advances the sequence."""
+        start = sequence.num_computed
+        samples = start + num_tokens == sequence.prefill_target
+        self._count_chunk(start, num_tokens)
+        self._add_segment(sequence, SegmentKind.PREFILL, start, num_tokens, samples=samples)
+        self.num_prefill_tokens += num_tokens
+
+    def prefill_tokens_within(self, sequence: Sequence, most: int, budget_s: float) -> int:
+        """The longest chunk of at most `most` tokens that keeps the predicted time within `budget_s`."""
+        start = sequence.num_computed
+        if self._predict_chunk(start, most) <= budget_s:
+            return most
+        fits, too_long = 0, most
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self._predict_chunk(start, middle) <= budget_s:
+                fits = middle
+            else:
+                too_long = middle
+        return fits
+
+    # ------------------------------------------------------------ finetuning
+
+    def try_add_step(self, job: Job, adapter_slot: int, budget_s: float) -> bool:
+        """An optimizer step, if it fits."""
+        new = self._count_adapters((adapter_slot,))
+        self.tally.optimizer_steps += 1
+        if self.predicted_s > budget_s:
+            self.tally.optimizer_steps -= 1
+            self._uncount_adapters(new)
+            return False
+        job.step_is_planned = True
+        job.last_planned = self.iteration
+        self.stepped.append(job)
+        self.num_training_units += 1
+        return True
+
+    def try_add_window(self, training: TrainingQueue, pack: Pack, adapter_slot: int, budget_s: float) -> bool:
+        """The next forward window of a pack, if it fits; advances the pack."""
+        start, num_tokens = training.window_range(pack, pack.next_window)
+        if num_tokens > self.tokens_left:
+            return False
+        with_loss = not pack.has_loss
+        loss_tokens = -(-pack.spec.num_target_tokens * num_tokens // pack.spec.num_tokens) if with_loss else 0
+        new = self._count_adapters((adapter_slot,))
+        self._count_chunk(start, num_tokens)
+        self.tally.loss_tokens += loss_tokens
+        if self.predicted_s > budget_s:
+            self._count_chunk(start, num_tokens, sign=-1)
+            self.tally.loss_tokens -= loss_tokens
+            self._uncount_adapters(new)
+            return False
+        blocks = pack.block_ids[: self.limits.num_blocks_for(start + num_tokens)]
+        self.forward.append(
+            Segment(
+                pack.spec.pack_id,
+                SegmentKind.TRAIN,
+                start,
+                num_tokens,
+                adapter_slot,
+                blocks,
+                with_loss=with_loss,
+            )
+        )
+        pack.last_planned = self.iteration
+        if training.forwarded(pack):
+            self.forwarded.append(pack)
+        self.num_training_units += 1
+        return True
+
+    def try_add_slice(
+        self, training: TrainingQueue, wave: Wave, adapter_slots: tuple[int, ...], budget_s: float
+    ) -> bool:
+        """The next slice of the wave, if it fits; advances the wave."""
+        tally = self.tally
+        tokens = sum(training.window_range(pack, wave.window)[1] for pack in wave.members())
+        new = self._count_adapters(adapter_slots)
+        tally.backward_token_layers += tokens
+        tally.num_backward_slices += 1
+        if self.predicted_s > budget_s:
+            tally.backward_token_layers -= tokens
+            tally.num_backward_slices -= 1
+            self._uncount_adapters(new)
+            return False
+        part, done = training.sliced(wave, self.iteration)
+        self.backward.append(part)
+        self.done.extend(done)
+        self.num_training_units += 1
+        return True
+
+    # ------------------------------------------------------------ finish
+
+    def finish(self, actions: AdapterActions, budget_s: float) -> InFlight:
+        """The frozen plan and what belongs to it."""
+        memory = MemoryPlan(
+            adapter_fetches=actions.fetches,
+            adapter_loads=actions.loads,
+            adapter_evictions=actions.evictions,
+            preempted=tuple(self.preempted),
+            dropped_packs=tuple(self.dropped),
+        )
+        plan = StepPlan(
+            iteration=self.iteration,
+            forward=tuple(self.forward),
+            backward=tuple(self.backward),
+            optimizer_steps=tuple(job.job_id for job in self.stepped),
+            memory=memory,
+            predicted_s=self.predicted_s,
+            budget_s=budget_s,
+        )
+        return InFlight(
+            plan,
+            self.tally.freeze(),
+            self.num_decodes,
+            tuple(self.sampled),
+            tuple(self.forwarded),
+            tuple(self.done),
+            tuple(self.stepped),
+        )
+
+    # ------------------------------------------------------------ inside
+
+    def _add_segment(
+        self, sequence: Sequence, kind: SegmentKind, start: int, num_tokens: int, *, samples: bool
+    ) -> None:
+        if len(sequence.block_table) != len(sequence.block_ids):
+            sequence.block_table = tuple(sequence.block_ids)
+        self.forward.append(
+            Segment(
+                sequence.spec.sequence_id,
+                kind,
+                start,
+                num_tokens,
+                sequence.adapter_slot,
+                sequence.block_table,
+                samples,
+            )
+        )
+        if sequence.adapter_slot is not None:
+            self._count_adapters((sequence.adapter_slot,))
+        sequence.num_computed += num_tokens
+        sequence.last_planned = self.iteration
+        if samples:
+            sequence.num_planned += 1
+            self.sampled.append(sequence)
+            self.tally.num_sequences += 1
+
+    def _count_chunk(self, start: int, num_tokens: int, sign: int = 1) -> None:
+        end = start + num_tokens
+        self.tally.forward_tokens += sign * num_tokens
+        self.tally.kv_tokens_read += sign * end
+        self.tally.attention_products += sign * num_tokens * end
+
+    def _predict_chunk(self, start: int, num_tokens: int) -> float:
+        self._count_chunk(start, num_tokens)
+        predicted_s = self.predicted_s
+        self._count_chunk(start, num_tokens, sign=-1)
+        return predicted_s
+
+    def _count_adapters(self, slots: tuple[int, ...]) -> list[int]:
+        new = [slot for slot in dict.fromkeys(slots) if slot not in self._adapter_slots]
+        self._adapter_slots.update(new)
+        self.tally.num_adapters += len(new)
+        return new
+
+    def _uncount_adapters(self, slots: list[int]) -> None:
+        self._adapter_slots.difference_update(slots)
+        self.tally.num_adapters -= len(slots)

@@ -1,0 +1,165 @@
+"""Generation requests: what is asked for, how far each sequence is, and who waits.
+
+A sequence's state runs ahead of the device: it advances when a plan is made (`num_computed`, `num_planned`), and what
+is known for certain follows when the plan is committed (`num_generated`). Owns no blocks, slots or clocks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """One choice to generate. `num_prompt_tokens` includes text generated before a resubmission.
+
+    At most `max_new_tokens` tokens are generated; a token of `stop_token_ids` ends the sequence once
+    `min_new_tokens` tokens (it included) have been generated. `adapter` is a digest, of `adapter_elements` elements;
+    None is the base model. Within a tenant, lower `priority` goes first.
+    """
+
+    sequence_id: str
+    tenant: str
+    num_prompt_tokens: int
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    adapter: str | None = None
+    adapter_elements: int = 0
+    priority: int = 0
+
+
+class SequenceStatus(Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The state of one request.
+
+    `num_computed` tokens have keys and values (counting plans in flight), `num_planned` tokens have been sampled by
+    plans made, `num_generated` by plans committed. `last_planned` is the last iteration that it took part in.
+    `order` is unique and grows with arrival. Everything below `prefill_target` is computed as prompt.
+    """
+
+    spec: RequestSpec
+    order: int
+    max_new_tokens: int
+    waiting_since_s: float
+    status: SequenceStatus = SequenceStatus.WAITING
+    is_charged: bool = False
+    num_generated: int = 0
+    num_planned: int = 0
+    num_computed: int = 0
+    prefill_target: int = 0
+    adapter_slot: int | None = None
+    last_planned: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_table: tuple[int, ...] = ()
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Sort key: who goes first, and, reversed, who is preempted first."""
+        return (self.spec.priority, self.order)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and sampled tokens, counting plans in flight."""
+        return self.spec.num_prompt_tokens + self.num_planned
+
+    @property
+    def is_prefilling(self) -> bool:
+        """Whether part of the prompt (or of what is recomputed) is still to be planned."""
+        return self.num_computed < self.prefill_target
+
+    @property
+    def remaining_tokens(self) -> int:
+        """The most tokens that may still be sampled."""
+        return self.max_new_tokens - self.num_planned
+
+    def restart(self) -> None:
+        """Forget everything computed: keys and values of prompt and generated tokens are computed again."""
+        self.num_computed = 0
+        self.adapter_slot = None
+        self.block_ids = []
+        self.block_table = ()
+
+    def finish_reason(self, token_id: int) -> Literal["stop", "length"] | None:
+        """Why the sequence ends with its newest committed token, or None if it goes on."""
+        if token_id in self.spec.stop_token_ids and self.num_generated >= self.spec.min_new_tokens:
+            return "stop"
+        return "length" if self.num_generated >= self.max_new_tokens else None
+
+
+def sequence_key(sequence: Sequence) -> tuple[int, int]:
+    """`sequence.key`, for sorting."""
+    return sequence.key
+
+
+class WaitingQueue:
+    """Waiting sequences by tenant and adapter, each queue ordered by (priority, arrival).
+
+    Only the heads of the queues are ever looked at, so that thousands of waiters of one adapter cost nothing.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._queues: dict[str, dict[str | None, list[Sequence]]] = {}
+        self._num_waiting = 0
+
+    def __len__(self) -> int:
+        """Sequences waiting."""
+        return self._num_waiting
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All waiting sequences, in no particular order."""
+        for queues in self._queues.values():
+            for queue in queues.values():
+                yield from queue
+
+    @property
+    def tenants(self) -> list[str]:
+        """Tenants with waiting sequences."""
+        return list(self._queues)
+
+    def add(self, sequence: Sequence) -> bool:
+        """Queue a sequence; returns whether its tenant had nothing waiting before."""
+        is_new = sequence.spec.tenant not in self._queues
+        queue = self._queues.setdefault(sequence.spec.tenant, {}).setdefault(sequence.spec.adapter, [])
+        insort(queue, sequence, key=sequence_key)
+        self._num_waiting += 1
+        return is_new
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out.
+
+        Raises:
+            KeyError: it does not wait.
+        """
+        queues = self._queues[sequence.spec.tenant]
+        queue = queues[sequence.spec.adapter]
+        idx = bisect_left(queue, sequence.key, key=sequence_key)
+        if idx == len(queue) or queue[idx] is not sequence:
+            raise KeyError(sequence.spec.sequence_id)
+        del queue[idx]
+        self._num_waiting -= 1
+        if not queue:
+            del queues[sequence.spec.adapter]
+        if not queues:
+            del self._queues[sequence.spec.tenant]
+
+    def heads(self, tenant: str) -> list[Sequence]:
+        """The first waiter of each of the tenant's adapters, first come first."""
+        return sorted((queue[0] for queue in self._queues.get(tenant, {}).values()), key=sequence_key)
+
+    def of_adapter(self, adapter: str) -> list[Sequence]:
+        """All waiters of one adapter."""
+        return [seq for queues in self._queues.values() for seq in queues.get(adapter, ())]

@@ -1,0 +1,315 @@
+"""Finetuning work: packs on their way through forward windows and backward waves, and the steps of their jobs.
+
+    queued → forwarding → ready → in wave → done        (dropped: back to queued, resuming at its cursor layer)
+
+Owns the order of windows and slices; it does not know budgets or clocks, and blocks only as lists that it is handed.
+A wave goes from its first layer to layer 0 and, within a layer, from the last window to window 0. A pack dropped between
+two layers keeps its cursor: it is forwarded again without loss and goes on in a wave that starts there, so that every
+(layer, window) of a pack runs exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from weft_scheduler.plan import BackwardSlice
+
+
+@dataclass(frozen=True, slots=True)
+class PackSpec:
+    """Examples of one optimizer step, concatenated: `num_tokens` tokens, `num_target_tokens` of them trained.
+
+    `adapter` is the key that the job's training adapter was added under.
+    """
+
+    pack_id: str
+    job_id: str
+    tenant: str
+    num_tokens: int
+    adapter: str
+    num_target_tokens: int
+
+
+class PackStatus(Enum):
+    """Where a pack is."""
+
+    QUEUED = "queued"
+    FORWARDING = "forwarding"
+    READY = "ready"
+    IN_WAVE = "in wave"
+    DONE = "done"
+    REMOVED = "removed"
+
+
+@dataclass(slots=True, eq=False)
+class Pack:
+    """The state of one pack, counting plans in flight.
+
+    `cursor_layer` is the layer at which its backward begins or goes on; `has_loss` says that all windows have been
+    forwarded with their loss; `is_protected` that it has waited so long that requests may not take its blocks.
+    """
+
+    spec: PackSpec
+    num_windows: int
+    cursor_layer: int
+    waiting_since_s: float
+    status: PackStatus = PackStatus.QUEUED
+    next_window: int = 0
+    has_loss: bool = False
+    is_charged: bool = False
+    is_protected: bool = False
+    last_planned: int = 0
+    block_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The open optimizer step of one job. `packs` are those whose backward is not committed, oldest first."""
+
+    job_id: str
+    adapter: str
+    packs: list[Pack] = field(default_factory=list)
+    tenant: str = ""
+    step_is_closed: bool = False
+    step_is_planned: bool = False
+    last_planned: int = 0
+
+    @property
+    def step_is_due(self) -> bool:
+        """Whether the optimizer step can be planned: closed, every backward committed, not planned yet."""
+        return self.step_is_closed and not self.packs and not self.step_is_planned
+
+    def head(self) -> Pack | None:
+        """The first pack that has no blocks yet."""
+        return next((pack for pack in self.packs if pack.status is PackStatus.QUEUED), None)
+
+
+@dataclass(slots=True, eq=False)
+class Wave:
+    """Packs that go through the layers together; `(layer, window)` is the next slice."""
+
+    wave_id: int
+    packs: list[Pack]
+    layer: int
+    window: int
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of its longest pack."""
+        return max(pack.num_windows for pack in self.packs)
+
+    @property
+    def is_between_layers(self) -> bool:
+        """Whether no window of the next slice's layer has been planned yet."""
+        return self.window == self.num_windows - 1
+
+    def members(self) -> list[Pack]:
+        """The packs that take part in the next slice."""
+        return [pack for pack in self.packs if pack.num_windows > self.window]
+
+
+class TrainingQueue:
+    """All jobs, their packs, and the active wave."""
+
+    def __init__(self, num_layers: int, window_tokens: int) -> None:
+        """Start without jobs."""
+        self.num_layers = num_layers
+        self.window_tokens = window_tokens
+        self.jobs: dict[str, Job] = {}
+        self.alive: list[Pack] = []
+        self.wave: Wave | None = None
+        self.alive_tokens = 0
+        self._pack_ids: set[str] = set()
+        self._num_waves = 0
+        self._retiring: list[tuple[int, int]] = []
+
+    # ------------------------------------------------------------ jobs and packs
+
+    def add_job(self, job_id: str, adapter: str) -> Job:
+        """Register a job.
+
+        Raises:
+            ValueError: it is registered already.
+        """
+        if job_id in self.jobs:
+            raise ValueError(f"job {job_id} has a training adapter already")
+        job = self.jobs[job_id] = Job(job_id, adapter)
+        return job
+
+    def add_pack(self, spec: PackSpec, now_s: float) -> Pack:
+        """Queue a pack of the job's open step.
+
+        Raises:
+            ValueError: the job is unknown, its step is closed, the adapter is another one, or the id is in use.
+        """
+        job = self.jobs.get(spec.job_id)
+        if job is None or job.adapter != spec.adapter:
+            raise ValueError(f"pack {spec.pack_id}: add the training adapter {spec.adapter} of its job first")
+        if job.step_is_closed:
+            raise ValueError(f"pack {spec.pack_id}: the step of job {spec.job_id} is closed until its StepDone")
+        if spec.pack_id in self._pack_ids:
+            raise ValueError(f"pack {spec.pack_id} exists already")
+        num_windows = -(-spec.num_tokens // self.window_tokens)
+        pack = Pack(spec, num_windows, self.num_layers - 1, now_s)
+        job.packs.append(pack)
+        job.tenant = spec.tenant
+        self._pack_ids.add(spec.pack_id)
+        return pack
+
+    def remove_job(self, job_id: str) -> tuple[Job, list[Pack]] | None:
+        """Forget a job; returns it and its packs that hold blocks (to be freed), or None if it is unknown."""
+        job = self.jobs.pop(job_id, None)
+        if job is None:
+            return None
+        holders = [pack for pack in job.packs if pack.block_ids]
+        for pack in job.packs:
+            if pack in self.alive:
+                self._retire(pack, pack.last_planned)
+            self._leave_wave(pack)
+            pack.status = PackStatus.REMOVED
+            self._pack_ids.discard(pack.spec.pack_id)
+        return job, holders
+
+    def admit(self, pack: Pack, block_ids: list[int]) -> None:
+        """Give a queued pack the blocks for all its tokens; its forward begins."""
+        pack.block_ids = tuple(block_ids)
+        pack.status = PackStatus.FORWARDING
+        pack.next_window = 0
+        self.alive.append(pack)
+        self.alive_tokens += pack.spec.num_tokens
+
+    def drop(self, pack: Pack, now_s: float) -> tuple[int, ...]:
+        """Take the blocks of an alive pack away; returns them.
+
+        What was forwarded before the last window had its loss is forgotten; after that the cotangent at the cursor is
+        kept, and the pack is forwarded again without loss.
+
+        Raises:
+            ValueError: its wave is inside a layer.
+        """
+        if not self.can_drop(pack):
+            raise ValueError(f"pack {pack.spec.pack_id} ({pack.status.value}) cannot be dropped now")
+        if pack.status is PackStatus.IN_WAVE and self.wave is not None:
+            pack.cursor_layer = self.wave.layer
+        self._leave_wave(pack)
+        self._retire(pack, pack.last_planned)
+        pack.status = PackStatus.QUEUED
+        pack.waiting_since_s = now_s
+        pack.is_protected = False
+        block_ids, pack.block_ids = pack.block_ids, ()
+        return block_ids
+
+    def can_drop(self, pack: Pack) -> bool:
+        """Whether the pack holds blocks and is at a boundary."""
+        if pack.status is PackStatus.IN_WAVE:
+            return self.wave is not None and self.wave.is_between_layers
+        return pack.status in (PackStatus.FORWARDING, PackStatus.READY)
+
+    def drop_candidates(self) -> Iterator[Pack]:
+        """Alive packs, those whose loss costs least first."""
+        for status in (PackStatus.FORWARDING, PackStatus.READY, PackStatus.IN_WAVE):
+            yield from (pack for pack in reversed(self.alive) if pack.status is status)
+
+    def release_retired(self, committed: int) -> None:
+        """Count the activations of packs that left as free, once no plan in flight touches them."""
+        if self._retiring:
+            self.alive_tokens -= sum(tokens for fence, tokens in self._retiring if fence <= committed)
+            self._retiring = [item for item in self._retiring if item[0] > committed]
+
+    @property
+    def num_packs(self) -> int:
+        """Packs whose backward is not committed."""
+        return sum(len(job.packs) for job in self.jobs.values())
+
+    # ------------------------------------------------------------ forward and backward
+
+    def window_range(self, pack: Pack, window: int) -> tuple[int, int]:
+        """Start and number of tokens of a window."""
+        start = window * self.window_tokens
+        return start, min(self.window_tokens, pack.spec.num_tokens - start)
+
+    def forwarded(self, pack: Pack) -> bool:
+        """The pack's next window is planned; returns whether that completes its first forward."""
+        pack.next_window += 1
+        if pack.next_window < pack.num_windows:
+            return False
+        pack.status = PackStatus.READY
+        is_first = not pack.has_loss
+        pack.has_loss = True
+        return is_first
+
+    def next_wave(self) -> Wave | None:
+        """The active wave; if there is none, one of all ready packs that begin at the layer of the oldest."""
+        if self.wave is None:
+            ready = [pack for pack in self.alive if pack.status is PackStatus.READY]
+            if ready:
+                layer = ready[0].cursor_layer
+                packs = [pack for pack in ready if pack.cursor_layer == layer]
+                for pack in packs:
+                    pack.status = PackStatus.IN_WAVE
+                self._num_waves += 1
+                self.wave = Wave(self._num_waves, packs, layer, 0)
+                self.wave.window = self.wave.num_windows - 1
+        return self.wave
+
+    def sliced(self, wave: Wave, iteration: int) -> tuple[BackwardSlice, list[Pack]]:
+        """The wave's next slice is planned: advance the cursor. Returns the slice and the packs that it completes."""
+        members = wave.members()
+        part = BackwardSlice(
+            wave.wave_id, tuple(pack.spec.pack_id for pack in members), wave.layer, wave.window
+        )
+        for pack in members:
+            pack.last_planned = iteration
+        if wave.window > 0:
+            wave.window -= 1
+            return part, []
+        wave.layer -= 1
+        wave.window = wave.num_windows - 1
+        if wave.layer >= 0:
+            return part, []
+        self.wave = None
+        for pack in wave.packs:
+            pack.status = PackStatus.DONE
+            self._retire(pack, iteration)
+        return part, wave.packs
+
+    def committed(self, pack: Pack) -> None:
+        """The pack's last slice has run."""
+        self.jobs[pack.spec.job_id].packs.remove(pack)
+        self._pack_ids.discard(pack.spec.pack_id)
+
+    def check_invariants(self) -> None:
+        """Statuses, the wave and the alive list agree.
+
+        Raises:
+            AssertionError: they do not.
+        """
+        packs = [pack for job in self.jobs.values() for pack in job.packs]
+        holding = (PackStatus.FORWARDING, PackStatus.READY, PackStatus.IN_WAVE)
+        assert {id(p) for p in packs if p.status in holding} == {id(p) for p in self.alive}
+        assert all(bool(pack.block_ids) == (pack.status in holding) for pack in packs)
+        in_wave = [pack for pack in packs if pack.status is PackStatus.IN_WAVE]
+        assert {id(pack) for pack in in_wave} == {id(p) for p in (self.wave.packs if self.wave else [])}
+        retiring = sum(tokens for _, tokens in self._retiring)
+        assert self.alive_tokens == retiring + sum(pack.spec.num_tokens for pack in self.alive)
+        assert self._pack_ids == {pack.spec.pack_id for pack in packs}
+        if self.wave is not None:
+            assert 0 <= self.wave.layer < self.num_layers
+            assert 0 <= self.wave.window < self.wave.num_windows
+
+    def _retire(self, pack: Pack, fence: int) -> None:
+        self.alive.remove(pack)
+        self._retiring.append((fence, pack.spec.num_tokens))
+
+    def _leave_wave(self, pack: Pack) -> None:
+        wave = self.wave
+        if wave is None or pack not in wave.packs:
+            return
+        was_between = wave.is_between_layers
+        wave.packs = [other for other in wave.packs if other is not pack]
+        if not wave.packs:
+            self.wave = None
+        elif was_between or wave.window >= wave.num_windows:
+            wave.window = wave.num_windows - 1

@@ -1,0 +1,37 @@
+"""Key/value tensors for the block ids that the scheduler hands out. Knows nothing of sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KvCache:
+    """Paged keys and values, one pair of tensors per layer, each `[num_blocks, block_size, Hkv, D]`."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+
+    @staticmethod
+    def bytes_per_token(*, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that one cached token takes over all layers."""
+        return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+
+    def write(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store `[T, Hkv, D]` keys and values at `slot_mapping` `[T]` (block id · block size + offset)."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, k)
+        self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, v)
