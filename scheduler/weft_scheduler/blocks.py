@@ -14,8 +14,8 @@ _FREE, _HELD, _PENDING = 0, 1, 2
 class BlockAllocator:
     """Hands out block ids `0 .. num_blocks - 1`.
 
-    A freed block carries a fence: the iteration of the last plan that could read it. It is handed out again only after
-    `advance` has reported that iteration as committed.
+    A freed block carries a fence: the iteration of the last plan that could read it. It is handed out again
+    only after `advance` has reported that iteration as committed.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -59,7 +59,9 @@ class BlockAllocator:
         """
         taken = self.try_allocate(num_blocks)
         if taken is None:
-            raise MemoryError(f"{num_blocks} KV blocks wanted, {len(self._free)} of {self.num_blocks} are free")
+            raise MemoryError(
+                f"{num_blocks} KV blocks wanted, {len(self._free)} of {self.num_blocks} are free"
+            )
         return taken
 
     def free(self, block_ids: Sequence[int], fence: int) -> None:
@@ -68,7 +70,9 @@ class BlockAllocator:
         Raises:
             ValueError: a block is not held (freed twice, or never allocated); nothing is freed.
         """
-        if any(self._state[block_id] != _HELD for block_id in block_ids) or len(set(block_ids)) < len(block_ids):
+        if any(self._state[block_id] != _HELD for block_id in block_ids) or len(set(block_ids)) < len(
+            block_ids
+        ):
             raise ValueError(f"blocks {list(block_ids)} are not all held, each once")
         if fence <= self._committed:
             self._return(block_ids)

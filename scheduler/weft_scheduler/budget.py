@@ -1,4 +1,5 @@
-"""How long an iteration may take: latency targets, and the feedback that keeps the measured percentile on target.
+"""How long an iteration may take: latency targets, and the feedback that keeps the measured percentile on
+target.
 
 Owns one number per situation; it does not know what fills the time.
 """
@@ -20,7 +21,9 @@ _FASTEST_CUT, _FASTEST_GROWTH = 0.7, 1.05
 
 @dataclass(frozen=True, slots=True)
 class LatencyTargets:
-    """Per-token latency and time to first token that finetuning yields to, in seconds, at a percentile (0 to 100)."""
+    """Per-token latency and time to first token that finetuning yields to, in seconds, at a percentile (0 to
+    100).
+    """
 
     tpot_s: float
     ttft_s: float
@@ -41,9 +44,10 @@ class LatencyTargets:
 class BudgetController:
     """Closed loop over the iterations that carry decodes.
 
-    The budget starts at 0.9 of the target. After every 64 iterations with decodes their percentile is compared with
-    the target: above it the budget is cut in proportion (by 0.3 at most), below it the budget grows in proportion (by
-    5 % at most), within 0.1 and 1.5 of the target. A fresh window each time, so that old iterations are not punished twice.
+    The budget starts at 0.9 of the target. After every 64 iterations with decodes their percentile is
+    compared with the target: above it the budget is cut in proportion (by 0.3 at most), below it the budget
+    grows in proportion (by 5 % at most), within 0.1 and 1.5 of the target. A fresh window each time, so that
+    old iterations are not punished twice.
     """
 
     def __init__(self, targets: LatencyTargets, max_inflight: int = 1) -> None:

@@ -2,9 +2,10 @@
 
     seconds = curve(forward_tokens) + Σ weight_j · feature_j
 
-The curve is piecewise linear and never falls, so that it shows the memory-bound plateau below which extra tokens are
-nearly free; weights are never negative. Both are one non-negative least-squares problem over relative errors: a fixed
-prior from calibration, plus the iterations seen since, forgotten exponentially. Knows numbers alone, no hardware.
+The curve is piecewise linear and never falls, so that it shows the memory-bound plateau below which extra
+tokens are nearly free; weights are never negative. Both are one non-negative least-squares problem over
+relative errors: a fixed prior from calibration, plus the iterations seen since, forgotten exponentially.
+Knows numbers alone, no hardware.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Features(Protocol):
 class PlanFeatures:
     """What the time of an iteration depends on.
 
-    `kv_tokens_read` sums the context of every segment, `attention_products` tokens · context of the segments longer
-    than one token; `num_sequences` counts segments that sample, `loss_tokens` rows of the loss head,
+    `kv_tokens_read` sums the context of every segment, `attention_products` tokens · context of the segments
+    longer than one token; `num_sequences` counts segments that sample, `loss_tokens` rows of the loss head,
     `backward_token_layers` tokens times layers of all backward slices, `num_adapters` distinct adapters.
     """
 
@@ -107,7 +108,9 @@ _ERROR_WINDOW = 256
 
 
 class CostModel:
-    """Predicts iteration seconds. Starts from a nominal device; `calibrate` makes it this one, `observe` keeps it so."""
+    """Predicts iteration seconds. Starts from a nominal device; `calibrate` makes it this one, `observe`
+    keeps it so.
+    """
 
     def __init__(self) -> None:
         """Start from the nominal device."""
@@ -146,7 +149,8 @@ class CostModel:
         )
 
     def calibrate(self, samples: Sequence[tuple[PlanFeatures, float]]) -> None:
-        """Fit to measurements `(features, seconds)`; what they leave open stays at the nominal device's ratios.
+        """Fit to measurements `(features, seconds)`; what they leave open stays at the nominal device's
+        ratios.
 
         Raises:
             ValueError: there are no samples, or a time is not positive.
@@ -170,7 +174,9 @@ class CostModel:
         self._tabulate()
 
     def observe(self, features: Features, elapsed_s: float) -> None:
-        """Learn from an iteration that took `elapsed_s`; one outlier moves the fit no more than a usual error does."""
+        """Learn from an iteration that took `elapsed_s`; one outlier moves the fit no more than a usual error
+        does.
+        """
         if elapsed_s <= 0.0:
             return
         predicted_s = self.predict(features)

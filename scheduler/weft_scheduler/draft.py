@@ -12,7 +12,6 @@ from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import StepResult
 from weft_scheduler.plan import BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
 from weft_scheduler.requests import Sequence
-from weft_scheduler.residency import AdapterActions
 from weft_scheduler.training import Job, Pack, TrainingQueue, Wave
 
 
@@ -41,7 +40,9 @@ class InFlight:
 
 @dataclass(slots=True, eq=False)
 class PlanDraft:
-    """The plan of iteration `iteration`, unfinished. `num_claimed_blocks` are freed blocks that stalled decodes await."""
+    """The plan of iteration `iteration`, unfinished. `num_claimed_blocks` are freed blocks that stalled
+    decodes await.
+    """
 
     iteration: int
     now_s: float
@@ -62,6 +63,7 @@ class PlanDraft:
     num_claimed_blocks: int = 0
     is_short_of_blocks: bool = False
     must_finish_layer: bool = False
+    stops_between_layers: bool = False
     _adapter_slots: set[int] = field(default_factory=set)
 
     @property
@@ -94,17 +96,16 @@ class PlanDraft:
         self.num_prefill_tokens += num_tokens
 
     def prefill_tokens_within(self, sequence: Sequence, most: int, budget_s: float) -> int:
-        """The longest chunk of at most `most` tokens that keeps the predicted time within `budget_s`."""
+        """The longest chunk of at most `most` tokens that keeps the predicted time within `budget_s`; may be
+        0.
+        """
         start = sequence.num_computed
-        if self._predict_chunk(start, most) <= budget_s:
-            return most
-        fits, too_long = 0, most
-        while too_long - fits > 1:
-            middle = (fits + too_long) // 2
-            if self._predict_chunk(start, middle) <= budget_s:
-                fits = middle
-            else:
-                too_long = middle
+        slots = () if sequence.adapter_slot is None else (sequence.adapter_slot,)
+        new = self._count_adapters(slots)
+        self.tally.num_sequences += 1
+        fits = self._search_chunk(start, most, budget_s)
+        self.tally.num_sequences -= 1
+        self._uncount_adapters(new)
         return fits
 
     # ------------------------------------------------------------ finetuning
@@ -178,15 +179,13 @@ class PlanDraft:
 
     # ------------------------------------------------------------ finish
 
-    def finish(self, actions: AdapterActions, budget_s: float) -> InFlight:
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing to compute has been added."""
+        return not (self.forward or self.backward or self.stepped)
+
+    def finish(self, memory: MemoryPlan, budget_s: float) -> InFlight:
         """The frozen plan and what belongs to it."""
-        memory = MemoryPlan(
-            adapter_fetches=actions.fetches,
-            adapter_loads=actions.loads,
-            adapter_evictions=actions.evictions,
-            preempted=tuple(self.preempted),
-            dropped_packs=tuple(self.dropped),
-        )
         plan = StepPlan(
             iteration=self.iteration,
             forward=tuple(self.forward),
@@ -238,6 +237,18 @@ class PlanDraft:
         self.tally.forward_tokens += sign * num_tokens
         self.tally.kv_tokens_read += sign * end
         self.tally.attention_products += sign * num_tokens * end
+
+    def _search_chunk(self, start: int, most: int, budget_s: float) -> int:
+        if self._predict_chunk(start, most) <= budget_s:
+            return most
+        fits, too_long = 0, most
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self._predict_chunk(start, middle) <= budget_s:
+                fits = middle
+            else:
+                too_long = middle
+        return fits
 
     def _predict_chunk(self, start: int, num_tokens: int) -> float:
         self._count_chunk(start, num_tokens)

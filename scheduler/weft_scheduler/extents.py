@@ -1,6 +1,8 @@
-"""The adapter arena as a line of extents: where each adapter lies and which run of them gives room most cheaply.
+"""The adapter arena as a line of extents: where each adapter lies and which run of them gives room most
+cheaply.
 
-Owns offsets alone; it does not know why an adapter may or may not be evicted: that is the caller's cost function.
+Owns offsets alone; it does not know why an adapter may or may not be evicted: that is the caller's cost
+function.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Placement:
 
 
 class ExtentMap:
-    """The extents in an arena of `capacity` elements. Holes are what lies between them, so they coalesce by themselves."""
+    """The extents in an arena of `capacity` elements. Holes are what lies between them, so they coalesce by
+    themselves.
+    """
 
     def __init__(self, capacity: int) -> None:
         """Start empty; an unaligned tail of the arena stays unused."""
@@ -58,7 +62,8 @@ class ExtentMap:
         """Give `[offset, offset + aligned(num_elements))` to `key`.
 
         Raises:
-            ValueError: it overlaps another extent, leaves the arena, is unaligned, or `key` already holds one.
+            ValueError: it overlaps another extent, leaves the arena, is unaligned, or `key` already holds
+        one.
         """
         extent = Extent(offset, offset + aligned(num_elements), key)
         idx = bisect_left(self._extents, offset, key=lambda other: other.start)
@@ -93,9 +98,9 @@ class ExtentMap:
     ) -> Placement | None:
         """The cheapest contiguous room for `num_elements` at or above `lowest`; a hole costs nothing.
 
-        `cost(key)` is the price of evicting an extent, None if it must stay. Equal prices go to the lowest offset
-        (first fit), with `from_top` to the highest. `avoid` is a range `[start, end)` that must not be touched.
-        One sweep: for each left edge, the nearest right edge that gives enough room.
+        `cost(key)` is the price of evicting an extent, None if it must stay. Equal prices go to the lowest
+        offset (first fit), with `from_top` to the highest. `avoid` is a range `[start, end)` that must not be
+        touched. One sweep: for each left edge, the nearest right edge that gives enough room.
         """
         size = aligned(num_elements)
         spans = self._spans(cost, lowest, avoid)

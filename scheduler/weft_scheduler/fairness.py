@@ -1,10 +1,12 @@
 """Start-time fair queueing over flows (tenants): who is served next when not everybody can be.
 
-Every flow has a tag, the virtual time at which its next piece of work starts; a charge of `price` moves it on by
-`price / weight`. The flow with the smallest tag is served. Virtual time follows the smallest tag of the backlogged
-flows, and a flow that returns is lifted to it: idleness is not banked. It does not know what a price stands for.
+Every flow has a tag, the virtual time at which its next piece of work starts; a charge of `price` moves it on
+by `price / weight`. The flow with the smallest tag is served. Virtual time follows the smallest tag of the
+backlogged flows, and a flow that returns is lifted to it: idleness is not banked. It does not know what a
+price stands for.
 
-Source: Goyal, Vin, Cheng: Start-time Fair Queuing (SIGCOMM 1996); Sheng et al.: Fairness in Serving LLMs (OSDI 2024).
+Source: Goyal, Vin, Cheng: Start-time Fair Queuing (SIGCOMM 1996); Sheng et al.: Fairness in Serving LLMs
+(OSDI 2024).
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class FairQueue:
         self._tags[flow] = self.tag(flow) + price / self._weights.get(flow, 1.0)
 
     def advance(self, backlogged: Iterable[str]) -> None:
-        """Move virtual time to the smallest backlogged tag; without a backlog nobody is owed anything: to the largest."""
+        """Move virtual time to the smallest backlogged tag; without a backlog nobody is owed anything: to the
+        largest.
+        """
         tags = [self.tag(flow) for flow in backlogged]
         if tags:
             self.virtual_time = max(self.virtual_time, min(tags))

@@ -1,4 +1,6 @@
-"""The sizes that the scheduler plans within. It does not know where they come from (free memory, flags, tests)."""
+"""The sizes that the scheduler plans within. It does not know where they come from (free memory, flags,
+tests).
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,18 @@ from dataclasses import dataclass, fields
 class Limits:
     """What the device offers; checked once, here.
 
-    `num_blocks` KV blocks of `block_size` tokens are shared by inference and finetuning; packs are admitted only while
-    `inference_reserve_blocks` stay free. A flat forward batch holds at most `max_batch_tokens` tokens of at most
-    `max_num_seqs` sequences; a sequence is at most `max_model_len` tokens long. Adapters live in `num_adapter_slots`
-    slots and `arena_elements` elements, of which training adapters pin at most `training_adapter_share`.
+    `num_blocks` KV blocks of `block_size` tokens are shared by inference and finetuning; packs are admitted
+    only while `inference_reserve_blocks` stay free. A flat forward batch holds at most `max_batch_tokens`
+    tokens of at most `max_num_seqs` sequences; a sequence is at most `max_model_len` tokens long. Adapters
+    live in `num_adapter_slots` slots and `arena_elements` elements, of which training adapters pin at most
+    `training_adapter_share`.
 
-    Packs alive at once (admitted, backward not finished) hold at most `max_train_tokens` tokens; they are forwarded in
-    windows of `window_tokens`, at most `max_pack_windows_per_plan` of one pack in a plan.
+    Packs alive at once (admitted, backward not finished) hold at most `max_train_tokens` tokens; they are
+    forwarded in windows of `window_tokens`, at most `max_pack_windows_per_plan` of one pack in a plan.
 
-    `max_inflight` plans may be uncommitted at a time: 1 is synchronous, 2 makes the next plan while one runs. A
-    request that has waited `max_wait_s` for room for its adapter, and a pack that has waited `max_training_wait_s`
-    for KV blocks, hold back new admissions until theirs fits.
+    `max_inflight` plans may be uncommitted at a time: 1 is synchronous, 2 makes the next plan while one runs.
+    A request that has waited `max_wait_s` for room for its adapter, and a pack that has waited
+    `max_training_wait_s` for KV blocks, hold back new admissions until theirs fits.
     """
 
     num_blocks: int
@@ -54,16 +57,19 @@ class Limits:
             if value < lowest:
                 raise ValueError(f"{field.name} is {value}; it must be at least {lowest}")
         if not 0.0 <= self.training_adapter_share <= 1.0:
-            raise ValueError(f"training_adapter_share is {self.training_adapter_share}; it must be within 0 and 1")
+            raise ValueError(
+                f"training_adapter_share is {self.training_adapter_share}; it must be within 0 and 1"
+            )
         if self.max_batch_tokens <= self.max_num_seqs:
             raise ValueError(
-                f"max_batch_tokens is {self.max_batch_tokens}; it must exceed max_num_seqs ({self.max_num_seqs}), "
-                "so that prompts progress beside a full set of decodes"
+                f"max_batch_tokens is {self.max_batch_tokens}; it must exceed max_num_seqs "
+                f"({self.max_num_seqs}), so that prompts progress beside a full set of decodes"
             )
         if self.max_train_tokens and self.max_batch_tokens < self.max_num_seqs + self.window_tokens:
             raise ValueError(
-                f"max_batch_tokens is {self.max_batch_tokens}; with finetuning it must be at least max_num_seqs + "
-                f"window_tokens ({self.max_num_seqs} + {self.window_tokens}), so that a training window always fits"
+                f"max_batch_tokens is {self.max_batch_tokens}; with finetuning it must be at least "
+                f"max_num_seqs + window_tokens ({self.max_num_seqs} + {self.window_tokens}), "
+                "so that a window always fits"
             )
         if self.inference_reserve_blocks >= self.num_blocks:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What a committed iteration did: the result that the engine reports, and the outcomes that follow from it."""
+"""What a committed iteration did: the result that the engine reports, and the outcomes that follow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class SequenceToken:
 
 @dataclass(frozen=True, slots=True)
 class PackForwarded:
-    """Every window of a pack has been forwarded with its loss (once per pack; forwarding again is not reported)."""
+    """Every window of a pack has been forwarded with its loss (once per pack; forwarding again is not
+    reported).
+    """
 
     pack_id: str
 

@@ -22,8 +22,9 @@ class Segment:
     """Consecutive tokens of one sequence (or finetuning pack) in the flat forward batch.
 
     Tokens `[start, start + num_tokens)` are computed; keys and values of `[0, start)` are already cached in
-    `block_ids`, which covers `[0, start + num_tokens)`. `samples` says that the last token's logits are sampled.
-    For TRAIN segments `sequence_id` is the pack id; `with_loss` is False when a dropped pack is forwarded again.
+    `block_ids`, which covers `[0, start + num_tokens)`. `samples` says that the last token's logits are
+    sampled. For TRAIN segments `sequence_id` is the pack id; `with_loss` is False when a dropped pack is
+    forwarded again.
     """
 
     sequence_id: str
@@ -40,8 +41,8 @@ class Segment:
 class BackwardSlice:
     """One (layer, window) of a backward wave: every pack of the wave that has such a window takes part.
 
-    Windows are numbered from the start of a pack, `window_tokens` each (the last may be shorter); a wave visits
-    layers from last to first and, within a layer, windows from last to first.
+    Windows are numbered from the start of a pack, `window_tokens` each (the last may be shorter); a wave
+    visits layers from last to first and, within a layer, windows from last to first.
     """
 
     wave_id: int
@@ -52,7 +53,9 @@ class BackwardSlice:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoad:
-    """Copy an adapter from host memory into `[offset, offset + num_elements)` of the arena and enter it at `slot`."""
+    """Copy an adapter from host memory into `[offset, offset + num_elements)` of the arena and enter it at
+    `slot`.
+    """
 
     adapter: str
     slot: int
@@ -75,8 +78,8 @@ class MemoryPlan:
 class StepPlan:
     """Everything that one iteration does.
 
-    `optimizer_steps` are jobs whose step is complete: their update runs after `backward`. `predicted_s` is the cost
-    model's time for the iteration, `budget_s` the latency budget that it was filled up to.
+    `optimizer_steps` are jobs whose step is complete: their update runs after `backward`. `predicted_s` is
+    the cost model's time for the iteration, `budget_s` the latency budget that it was filled up to.
     """
 
     iteration: int

@@ -1,7 +1,8 @@
 """Generation requests: what is asked for, how far each sequence is, and who waits.
 
-A sequence's state runs ahead of the device: it advances when a plan is made (`num_computed`, `num_planned`), and what
-is known for certain follows when the plan is committed (`num_generated`). Owns no blocks, slots or clocks.
+A sequence's state runs ahead of the device: it advances when a plan is made (`num_computed`, `num_planned`),
+and what is known for certain follows when the plan is committed (`num_generated`). Owns no blocks, slots or
+clocks.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from enum import Enum
 from typing import Literal
 
 
+class RequestTooLarge(ValueError):  # noqa: N818 (named for what is wrong, as the errors of the API are)
+    """A request, pack or adapter that can never run here; the message gives the value and the limit."""
+
+
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
     """One choice to generate. `num_prompt_tokens` includes text generated before a resubmission.
 
     At most `max_new_tokens` tokens are generated; a token of `stop_token_ids` ends the sequence once
-    `min_new_tokens` tokens (it included) have been generated. `adapter` is a digest, of `adapter_elements` elements;
-    None is the base model. Within a tenant, lower `priority` goes first.
+    `min_new_tokens` tokens (it included) have been generated. `adapter` is a digest, None is the base model;
+    `adapter_elements` is 0 if its size is not known before it is fetched. Within a tenant, lower `priority`
+    goes first.
     """
 
     sequence_id: str
@@ -45,9 +51,10 @@ class SequenceStatus(Enum):
 class Sequence:
     """The state of one request.
 
-    `num_computed` tokens have keys and values (counting plans in flight), `num_planned` tokens have been sampled by
-    plans made, `num_generated` by plans committed. `last_planned` is the last iteration that it took part in.
-    `order` is unique and grows with arrival. Everything below `prefill_target` is computed as prompt.
+    `num_computed` tokens have keys and values (counting plans in flight), `num_planned` tokens have been
+    sampled by plans made, `num_generated` by plans committed. `last_planned` is the last iteration that it
+    took part in. `order` is unique and grows with arrival. Everything below `prefill_target` is computed as
+    prompt.
     """
 
     spec: RequestSpec
@@ -74,6 +81,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and sampled tokens, counting plans in flight."""
         return self.spec.num_prompt_tokens + self.num_planned
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has ended, failed or been aborted."""
+        return self.status is SequenceStatus.FINISHED
 
     @property
     def is_prefilling(self) -> bool:

@@ -2,10 +2,11 @@
 
     absent → fetching → host → loading → device → (evicted) absent
 
-Owns decisions about places; the bytes belong to whoever carries out the actions that `take_actions` returns. An adapter
-is evicted only when nobody uses it and every plan that could read it is committed, so its slot and extent are free at
-once. Training adapters are packed from the arena's top, inside the share that they may pin, and stay until removed;
-all others are packed from the bottom, so that pinned jobs cannot fragment the room that requests rely on.
+Owns decisions about places; the bytes belong to whoever carries out the actions that `take_actions` returns.
+An adapter is evicted only when nobody uses it and every plan that could read it is committed, so its slot and
+extent are free at once. Training adapters are packed from the arena's top, inside the share that they may
+pin, and stay until removed; all others are packed from the bottom, so that pinned jobs cannot fragment the
+room that requests rely on.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from heapq import heappop, heappush
 
 from weft_scheduler.extents import ALIGNMENT, ExtentMap, aligned
 from weft_scheduler.plan import AdapterLoad
+from weft_scheduler.requests import RequestTooLarge
 
 RELOAD_OVERHEAD_ELEMENTS = 1 << 20
-"""The fixed latency of a reload, as the number of elements copied in that time: small adapters are dear for their size."""
+"""The fixed latency of a reload, as the number of elements copied in that time: small adapters are dear for
+their size.
+"""
 
 _MIN_AGE_S = 1e-3
+_UNUSED_PENALTY_TOKENS = 1 << 20
 
 
 class AdapterState(Enum):
@@ -36,7 +41,12 @@ class AdapterState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One adapter that is wanted, used, or resident. `fence` is the last plan that could read it."""
+    """One adapter that is wanted, used, or resident.
+
+    `num_elements` is 0 until it is known; `staged_elements` is what it takes (or is guessed to take) in host
+    memory on its way. `fence` is the last plan that could read it; `is_fresh` says that no one has used it
+    since its load.
+    """
 
     key: str
     num_elements: int
@@ -45,6 +55,7 @@ class Entry:
     slot: int | None = None
     num_waiting: int = 0
     num_users: int = 0
+    staged_elements: int = 0
     fence: int = 0
     last_used_s: float = 0.0
     is_fresh: bool = False
@@ -53,7 +64,9 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Room at `offset` kept for `key`: its victims get no new users and leave together when the last one has gone."""
+    """Room at `offset` kept for `key`: its victims get no new users and leave together when the last one has
+    gone.
+    """
 
     key: str
     offset: int
@@ -87,6 +100,7 @@ class Residency:
         self._free_slots = list(range(num_slots))
         self._leaving: list[Entry] = []
         self._staged_elements = 0
+        self._typical_elements = 0
         self._num_training_slots = 0
         self._now_s = 0.0
         self._committed = 0
@@ -118,22 +132,30 @@ class Residency:
         return self.slot(key) is not None
 
     def room_to_fetch(self, entry: Entry) -> bool:
-        """Whether another fetch keeps what waits in host memory within one arena (one adapter is always allowed)."""
-        return not self._staged_elements or self._staged_elements + entry.num_elements <= self.extents.capacity
+        """Whether another fetch keeps what waits in host memory within one arena (one adapter is always
+        allowed).
+        """
+        return (
+            not self._staged_elements or self._staged_elements + entry.num_elements <= self.extents.capacity
+        )
 
     # ------------------------------------------------------------ demand
 
     def want(self, key: str, num_elements: int, *, is_training: bool = False) -> None:
-        """Note one more waiter (request or job) for an adapter of `num_elements` elements.
+        """Note one more waiter (request or job) for an adapter of `num_elements` elements, 0 if not known
+        yet.
 
         Raises:
-            ValueError: it could never be given room, or is known with another size.
+            RequestTooLarge: it could never be given room.
+            ValueError: it is known with another size.
         """
         entry = self.entries.get(key)
         if entry is None:
-            self._check_fits(key, num_elements, is_training)
+            reason = self._refusal(key, num_elements, is_training) if num_elements or is_training else None
+            if reason is not None:
+                raise RequestTooLarge(reason)
             entry = self.entries[key] = self.missing[key] = Entry(key, num_elements, is_training)
-        elif entry.num_elements != num_elements or entry.is_training != is_training:
+        elif entry.is_training != is_training or 0 != num_elements != entry.num_elements != 0:
             raise ValueError(f"adapter {key} has {entry.num_elements} elements, not {num_elements}")
         entry.num_waiting += 1
 
@@ -166,7 +188,9 @@ class Residency:
         entry.last_used_s = self._now_s
 
     def remove(self, key: str, fence: int) -> None:
-        """Forget a training adapter; its place is freed once iteration `fence` is committed. Unknown keys are ignored."""
+        """Forget a training adapter; its place is freed once iteration `fence` is committed. Unknown keys are
+        ignored.
+        """
         entry = self.entries.pop(key, None)
         if entry is None:
             return
@@ -179,12 +203,26 @@ class Residency:
 
     # ------------------------------------------------------------ news from the engine
 
-    def fetched(self, key: str) -> None:
-        """The bytes are in host memory. Ignored unless a fetch is awaited."""
+    def fetched(self, key: str, num_elements: int) -> str | None:
+        """The bytes are in host memory. Ignored unless a fetch is awaited.
+
+        Returns why the adapter cannot be loaded, if it cannot: then it stays where it is until `failed` is
+        called.
+        """
         entry = self.entries.get(key)
-        if entry is not None and entry.state is AdapterState.FETCHING:
-            entry.state = AdapterState.HOST
-            self._forget_if_unwanted(entry)
+        if entry is None or entry.state is not AdapterState.FETCHING:
+            return None
+        if entry.num_elements not in (0, num_elements):
+            return f"adapter {key} has {num_elements} elements, not {entry.num_elements} as announced"
+        reason = self._refusal(key, num_elements, entry.is_training)
+        if reason is not None:
+            return reason
+        self._unstage(entry)
+        entry.num_elements = num_elements
+        self._stage(entry)
+        entry.state = AdapterState.HOST
+        self._forget_if_unwanted(entry)
+        return None
 
     def loaded(self, key: str) -> None:
         """The bytes are on the device. Ignored unless a load is awaited."""
@@ -231,14 +269,15 @@ class Residency:
     def fetch(self, entry: Entry) -> None:
         """Start to fetch an absent adapter."""
         entry.state = AdapterState.FETCHING
-        self._staged_elements += 0 if entry.is_training else entry.num_elements
+        self._stage(entry)
         self._fetches.append(entry.key)
 
     def try_load(self, entry: Entry, *, is_aged: bool) -> bool:
-        """Give an adapter in host memory a place and start its load, evicting the least valuable run of idle ones.
+        """Give an adapter in host memory a place and start its load, evicting the least valuable run of idle
+        ones.
 
-        Adapters that requests wait for are evicted only for a waiter that `is_aged`, and never before their first use.
-        Nothing is evicted in vain: False means that nothing changed.
+        Adapters that requests wait for are evicted only for a waiter that `is_aged`, and never before their
+        first use. Nothing is evicted in vain: False means that nothing changed.
         """
         if any(other.key == entry.key for other in self._leaving) or not self._training_slot_free(entry):
             return False
@@ -271,9 +310,10 @@ class Residency:
 
         def cost(key: str) -> float | None:
             other = self.entries.get(key)
-            if other is None or other.is_training or other.is_fresh or other.state is not AdapterState.DEVICE:
+            if other is None or other.is_training or other.slot is None:
                 return None
-            return 1.0 + drain_tokens(key)
+            is_unused = other.is_fresh and other.num_waiting > 0
+            return 1.0 + drain_tokens(key) + (_UNUSED_PENALTY_TOKENS if is_unused else 0)
 
         place = self.extents.find(
             entry.num_elements, cost, lowest=self._lowest(entry), from_top=entry.is_training
@@ -300,9 +340,12 @@ class Residency:
         entry = self.entries.get(reservation.key)
         if entry is None or not entry.num_waiting or entry.state is not AdapterState.HOST:
             self.reservation = None
-        elif all(self._is_idle(self.entries[key]) for key in reservation.victims):
+            return
+        staying = [key for key in reservation.victims if key in self.extents]
+        if all(self._is_idle(self.entries[key]) for key in staying):
             self.reservation = None
-            self._place(entry, reservation.offset, reservation.victims)
+            if staying or self._free_slots:
+                self._place(entry, reservation.offset, staying)
 
     def take_actions(self) -> AdapterActions:
         """What has been decided since the last call."""
@@ -332,20 +375,21 @@ class Residency:
         floor = self.extents.capacity - self.training_elements
         assert all(self.extents[entry.key].start >= floor for entry in training)
         staged = (AdapterState.FETCHING, AdapterState.HOST)
-        sizes = [e.num_elements for e in self.missing.values() if e.state in staged and not e.is_training]
-        assert sum(sizes) == self._staged_elements
-        assert len(sizes) <= 1 or sum(sizes) <= self.extents.capacity
+        for entry in everyone:
+            assert not entry.staged_elements or entry.state in staged, entry
+        assert self._staged_elements == sum(entry.staged_elements for entry in everyone)
 
     # ------------------------------------------------------------ inside
 
-    def _check_fits(self, key: str, num_elements: int, is_training: bool) -> None:
+    def _refusal(self, key: str, num_elements: int, is_training: bool) -> str | None:
         most = self.training_elements if is_training else self.max_inference_elements
         num_slots = self.max_training_slots if is_training else self.num_slots
-        if num_elements < 1 or aligned(num_elements) > most or not num_slots:
-            room = "share of the arena that training adapters may pin" if is_training else "arena"
-            raise ValueError(
-                f"adapter {key} has {num_elements} elements; the {room} offers {most} elements and {num_slots} slots"
-            )
+        if num_elements >= 1 and aligned(num_elements) <= most and num_slots:
+            return None
+        room = "the share of the arena that training adapters may pin" if is_training else "the adapter arena"
+        return (
+            f"adapter {key} has {num_elements} elements; {room} offers {most} elements and {num_slots} slots"
+        )
 
     def _lowest(self, entry: Entry) -> int:
         return self.extents.capacity - self.training_elements if entry.is_training else 0
@@ -376,7 +420,7 @@ class Residency:
         priced = [(price, key) for key in self.entries if (price := cost(key)) is not None]
         return min(priced)[1] if priced else None
 
-    def _place(self, entry: Entry, offset: int, victims: frozenset[str] | list[str]) -> None:
+    def _place(self, entry: Entry, offset: int, victims: list[str]) -> None:
         for key in sorted(victims):
             self._evict(self.entries[key])
         self._unstage(entry)
@@ -406,8 +450,15 @@ class Residency:
         entry.is_fresh = False
         self._num_training_slots -= entry.is_training
 
+    def _stage(self, entry: Entry) -> None:
+        if not entry.is_training:
+            self._typical_elements = max(entry.num_elements, self._typical_elements)
+            entry.staged_elements = entry.num_elements or self._typical_elements
+            self._staged_elements += entry.staged_elements
+
     def _unstage(self, entry: Entry) -> None:
-        self._staged_elements -= 0 if entry.is_training else entry.num_elements
+        self._staged_elements -= entry.staged_elements
+        entry.staged_elements = 0
 
     def _forget_if_unwanted(self, entry: Entry) -> None:
         if entry.num_waiting or entry.state not in (AdapterState.ABSENT, AdapterState.HOST):
@@ -424,4 +475,3 @@ class Residency:
         entry_or_none = self.entries.get(key)
         is_loading = entry_or_none is not None and entry_or_none.state is AdapterState.LOADING
         return entry_or_none if is_loading else None
-

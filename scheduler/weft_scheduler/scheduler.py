@@ -1,33 +1,392 @@
 """The scheduler: turns requests, packs, clocks and sizes into plans, and results into outcomes.
 
-`plan` reads as the policy: bring adapters nearer, decode everything that runs, continue and admit prompts, and give
-finetuning what the latency budget leaves. Owns no tensors, threads or clocks; `now` is any monotonic time in seconds.
+`plan` reads as the policy: bring adapters nearer, decode everything that runs, continue and admit prompts,
+and give finetuning what the latency budget leaves. Owns no tensors, threads or clocks; `now` is any monotonic
+time in seconds.
 
 What may exceed the budget (everything else keeps `predicted_s` ≤ `budget_s`):
 - decodes are never held back, and prompts get `MIN_PREFILL_TOKENS` tokens in every plan;
-- finetuning gets one unit (window, slice or optimizer step) after `TRICKLE_INTERVAL` plans without any;
+- finetuning gets one unit (window, slice or optimizer step) after `TRICKLE_INTERVAL` plans without any, and
+  in a plan that would otherwise be empty;
 - a wave finishes its layer when decodes need the blocks of its packs.
 
-Every decision advances the state at once. With several plans in flight, a plan is made as if no sequence ended before
-it: a token beyond the end is dropped at commit, and what is freed can be reused once the last plan that could read it
-is committed.
+Every decision advances the state at once. With several plans in flight, a plan is made as if no sequence
+ended before it: a token beyond the end is discarded at commit, and what is freed is reused only after the
+last plan that could read it has been committed.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import deque
-from heapq import heapify, heappop, heapreplace
-from itertools import zip_longest
+from collections.abc import Mapping
+from dataclasses import replace
 
-from weft_scheduler.blocks import BlockAllocator
+from weft_scheduler.adapter_policy import bring_adapters_nearer
 from weft_scheduler.budget import BudgetController, LatencyTargets
-from weft_scheduler.cost import CostModel, PlanFeatures
+from weft_scheduler.cost import CostModel
 from weft_scheduler.draft import InFlight, PlanDraft
-from weft_scheduler.fairness import FairQueue
+from weft_scheduler.inference_policy import plan_decodes, plan_prefills
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
-from weft_scheduler.plan import StepPlan
-from weft_scheduler.requests import RequestSpec, Sequence, SequenceStatus, WaitingQueue, sequence_key
-from weft_scheduler.residency import AdapterState, Entry, Residency
-from weft_scheduler.training import Pack, PackSpec, PackStatus, TrainingQueue
+from weft_scheduler.plan import MemoryPlan, StepPlan
+from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence
+from weft_scheduler.state import SchedulerState
+from weft_scheduler.training import PackSpec, PackStatus
+from weft_scheduler.training_policy import num_kept_blocks, plan_training, trickle_is_due
+
+__all__ = [
+    "Outcome",
+    "PackDone",
+    "PackForwarded",
+    "Scheduler",
+    "SequenceToken",
+    "StepDone",
+    "StepResult",
+]
+
+_JOB_PREFIX = "job:"
+
+
+class Scheduler:
+    """Plans iterations. Not thread-safe: one loop calls everything."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        cost: CostModel,
+        targets: LatencyTargets,
+        tenant_weights: Mapping[str, float] | None = None,
+    ) -> None:
+        """Start empty; `cost` is refitted by commits. Tenants that `tenant_weights` does not name have weight
+        1.
+
+        Raises:
+            ValueError: a weight is not positive.
+        """
+        self.limits = limits
+        self.cost = cost
+        self.budget = BudgetController(targets, limits.max_inflight)
+        self._state = SchedulerState(limits, cost)
+        self._in_flight: deque[InFlight] = deque()
+        self._iteration = 0
+        self._num_arrivals = 0
+        self.num_preemptions = 0
+        self.num_packs_dropped = 0
+        self._unreported = MemoryPlan()
+        for tenant, weight in (tenant_weights or {}).items():
+            self.set_weight(tenant, weight)
+
+    # ------------------------------------------------------------ requests
+
+    def add_request(self, spec: RequestSpec, now: float) -> None:
+        """Queue a request.
+
+        Raises: RequestTooLarge: it can never run: too long, more KV than there is, an adapter larger than its
+            room.
+            ValueError: its id is in use, or a number is out of range.
+        """
+        limits = self.limits
+        name = f"request {spec.sequence_id}"
+        if spec.sequence_id in self._state.sequences:
+            raise ValueError(f"{name} exists already")
+        if spec.num_prompt_tokens < 1 or spec.max_new_tokens < 1 or spec.min_new_tokens < 0:
+            raise ValueError(
+                f"{name}: prompt and max_new_tokens must be at least 1, min_new_tokens at least 0"
+            )
+        room = limits.max_model_len - spec.num_prompt_tokens
+        if room < 1:
+            raise RequestTooLarge(
+                f"the prompt has {spec.num_prompt_tokens} tokens; at most {limits.max_model_len - 1} leave "
+                f"room for an answer within the context of {limits.max_model_len}"
+            )
+        max_new_tokens = min(spec.max_new_tokens, room)
+        num_cached = spec.num_prompt_tokens + max_new_tokens - 1
+        if num_cached > limits.capacity_tokens:
+            raise RequestTooLarge(
+                f"{spec.num_prompt_tokens} prompt tokens and up to {max_new_tokens} new ones need "
+                f"{num_cached} tokens of cache; there are {limits.capacity_tokens}: ask for fewer new tokens"
+            )
+        self._num_arrivals += 1
+        self._state.enqueue(Sequence(spec, self._num_arrivals, max_new_tokens, now))
+
+    def abort(self, sequence_id: str) -> bool:
+        """Forget a request; returns False if it is not known (it may just have finished)."""
+        sequence = self._state.sequences.get(sequence_id)
+        if sequence is None:
+            return False
+        self._state.retire(sequence)
+        return True
+
+    def set_weight(self, tenant: str, weight: float) -> None:
+        """Give a tenant `weight` times the share of a tenant of weight 1, in inference and in finetuning.
+
+        Raises:
+            ValueError: the weight is not positive.
+        """
+        self._state.inference_shares.set_weight(tenant, weight)
+        self._state.training_shares.set_weight(tenant, weight)
+
+    # ------------------------------------------------------------ finetuning
+
+    def add_training_adapter(self, key: str, num_elements: int, job_id: str | None = None) -> None:
+        """Bring the adapter of a job to the device, as others are; it stays until `remove_job`.
+
+        `job_id` is by default the key without a leading "job:".
+
+        Raises:
+            RequestTooLarge: it is larger than training adapters may pin.
+            ValueError: the job has one already.
+        """
+        job_id = key.removeprefix(_JOB_PREFIX) if job_id is None else job_id
+        if job_id in self._state.training.jobs or key in self._state.residency.entries:
+            raise ValueError(f"training adapter {key} of job {job_id} exists already")
+        self._state.residency.want(key, num_elements, is_training=True)
+        self._state.training.add_job(job_id, key)
+
+    def add_pack(self, spec: PackSpec, now: float) -> None:
+        """Queue a pack of the open step of its job.
+
+        Raises:
+            RequestTooLarge: it can never be admitted.
+            ValueError: its job has no training adapter, the job's step is closed, or its id is in use.
+        """
+        if not 1 <= spec.num_tokens <= self.limits.max_pack_tokens:
+            raise RequestTooLarge(
+                f"pack {spec.pack_id} has {spec.num_tokens} tokens; 1 to {self.limits.max_pack_tokens} fit"
+            )
+        tenants = {job.tenant for job in self._state.training.jobs.values()}
+        self._state.training.add_pack(spec, now)
+        if spec.tenant not in tenants:
+            self._state.training_shares.activate(spec.tenant)
+
+    def step_ready(self, job_id: str, now: float) -> None:
+        """All packs of the job's current step have been added: its optimizer step follows their backward.
+
+        Raises:
+            KeyError: the job is unknown.
+        """
+        del now  # part of the interface: every event carries its time
+        self._state.training.jobs[job_id].step_is_closed = True
+
+    def remove_job(self, job_id: str) -> bool:
+        """Drop a job's packs and adapter, at any time; returns False if it is not known."""
+        removed = self._state.training.remove_job(job_id)
+        if removed is None:
+            return False
+        job, holders = removed
+        for pack in holders:
+            self._state.blocks.free(pack.block_ids, pack.last_planned)
+            pack.block_ids = ()
+        self._state.residency.remove(
+            job.adapter, self._in_flight[-1].plan.iteration if self._in_flight else 0
+        )
+        return True
+
+    # ------------------------------------------------------------ adapters
+
+    def adapter_fetched(self, digest: str, num_elements: int) -> str | None:
+        """The adapter's bytes are in host memory: `num_elements` elements. Ignored if no fetch is awaited.
+
+        Returns None, or why it can never be loaded (too large); then `adapter_failed` must follow.
+        """
+        return self._state.residency.fetched(digest, num_elements)
+
+    def adapter_loaded(self, digest: str) -> None:
+        """The adapter is in its extent, its table row is set. Ignored if nobody waits for that any more."""
+        self._state.residency.loaded(digest)
+
+    def adapter_failed(self, digest: str) -> list[str]:
+        """A fetch or load failed: forget the requests that wait for it and return their ids.
+
+        A later request tries again. The job of a failed training adapter stands still until it is removed.
+        """
+        if not self._state.residency.failed(digest):
+            return []
+        waiters = self._state.waiting.of_adapter(digest)
+        for sequence in waiters:
+            self._state.retire(sequence)
+        return [sequence.spec.sequence_id for sequence in waiters]
+
+    # ------------------------------------------------------------ iterations
+
+    def plan(self, now: float) -> StepPlan:
+        """Decide the next iteration. A plan that `is_empty` may still have adapter actions; it needs no
+        commit.
+
+        Raises:
+            RuntimeError: `max_inflight` plans are uncommitted.
+        """
+        if len(self._in_flight) >= self.limits.max_inflight:
+            raise RuntimeError(
+                f"{len(self._in_flight)} plans are in flight, the most allowed; commit one first"
+            )
+        state = self._state
+        self._iteration += 1
+        state.advance(self._committed_before(self._iteration))
+        state.inference_shares.advance(state.waiting.tenants)
+        state.training_shares.advance(job.tenant for job in state.training.jobs.values() if job.tenant)
+        draft = PlanDraft(self._iteration, now, self.limits, self.cost)
+
+        bring_adapters_nearer(state, now)
+        plan_decodes(state, draft)
+        budget_s = self.budget.decode_budget_s if draft.num_decodes else self.budget.open_budget_s
+        is_due = trickle_is_due(state)
+        num_kept_tokens = self.limits.window_tokens if is_due else 0
+        plan_prefills(state, draft, budget_s, num_kept_tokens, num_kept_blocks(state, now))
+        left_s = min(budget_s, self.budget.decode_budget_s) if draft.forward else budget_s
+        plan_training(state, draft, left_s, is_due=is_due)
+
+        made = self._finish(draft, budget_s)
+        if not made.plan.is_empty:
+            self._in_flight.append(made)
+        return made.plan
+
+    def _finish(self, draft: PlanDraft, budget_s: float) -> InFlight:
+        """Freeze the draft. Preemptions and drops are reported with the next plan that runs, each once."""
+        self.num_preemptions += len(draft.preempted)
+        self.num_packs_dropped += len(draft.dropped)
+        actions = self._state.residency.take_actions()
+        preempted = self._unreported.preempted + tuple(draft.preempted)
+        dropped = self._unreported.dropped_packs + tuple(draft.dropped)
+        told = MemoryPlan(preempted=preempted, dropped_packs=dropped)
+        self._unreported = told if draft.is_empty else MemoryPlan()
+        memory = replace(
+            MemoryPlan() if draft.is_empty else told,
+            adapter_fetches=actions.fetches,
+            adapter_loads=actions.loads,
+            adapter_evictions=actions.evictions,
+        )
+        return draft.finish(memory, budget_s)
+
+    def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Outcome]:
+        """Take in the result of the oldest plan in flight (an empty plan is none) and say what it completed.
+
+        Raises:
+            ValueError: it is not the oldest plan in flight, or a token is missing; nothing has changed.
+        """
+        del now  # part of the interface: every event carries its time
+        if plan.is_empty:
+            return []
+        if not self._in_flight or self._in_flight[0].plan.iteration != plan.iteration:
+            raise ValueError(f"iteration {plan.iteration} is not the oldest plan in flight")
+        self._in_flight[0].check_result(result)
+        made = self._in_flight.popleft()
+        self._state.advance(self._committed_before(self._iteration + 1))
+        self.cost.observe(made.features, result.elapsed_s)
+        self.budget.observe(result.elapsed_s, made.num_decodes)
+        outcomes: list[Outcome] = [*self._commit_tokens(made, result), *self._commit_training(made)]
+        return outcomes
+
+    def _commit_tokens(self, made: InFlight, result: StepResult) -> list[SequenceToken]:
+        tokens = []
+        for sequence in made.sampled:
+            if sequence.is_finished:
+                continue
+            token_id = result.sampled[sequence.spec.sequence_id]
+            sequence.num_generated += 1
+            reason = sequence.finish_reason(token_id)
+            tokens.append(SequenceToken(sequence.spec.sequence_id, token_id, reason))
+            if reason is not None:
+                self._state.retire(sequence)
+        return tokens
+
+    def _commit_training(self, made: InFlight) -> list[Outcome]:
+        training = self._state.training
+        alive = [pack for pack in made.forwarded if pack.status is not PackStatus.REMOVED]
+        outcomes: list[Outcome] = [PackForwarded(pack.spec.pack_id) for pack in alive]
+        for pack in made.done:
+            if pack.status is not PackStatus.REMOVED:
+                training.committed(pack)
+                outcomes.append(PackDone(pack.spec.pack_id))
+        for job in made.stepped:
+            if training.jobs.get(job.job_id) is job:
+                job.step_is_closed = job.step_is_planned = False
+                outcomes.append(StepDone(job.job_id))
+        return outcomes
+
+    def _committed_before(self, iteration: int) -> int:
+        """The last iteration up to which all are committed (empty plans count as committed)."""
+        return (self._in_flight[0].plan.iteration if self._in_flight else iteration) - 1
+
+    # ------------------------------------------------------------ observation
+
+    @property
+    def num_running(self) -> int:
+        """Requests admitted."""
+        return len(self._state.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not admitted (yet, or again)."""
+        return len(self._state.waiting)
+
+    @property
+    def num_packs(self) -> int:
+        """Packs whose backward is not committed."""
+        return self._state.training.num_packs
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs with a training adapter."""
+        return len(self._state.training.jobs)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans made and not committed."""
+        return len(self._in_flight)
+
+    @property
+    def num_blocks_held(self) -> int:
+        """KV blocks of running requests and packs."""
+        return self._state.blocks.num_held
+
+    @property
+    def budget_s(self) -> float:
+        """The budget of an iteration with decodes, now."""
+        return self.budget.decode_budget_s
+
+    @property
+    def kv_usage(self) -> float:
+        """Part of the KV blocks that is held, 0 to 1."""
+        return self._state.blocks.num_held / self.limits.num_blocks
+
+    @property
+    def num_adapters_on_device(self) -> int:
+        """Adapters that are on the device or being copied there."""
+        return self._state.residency.num_resident
+
+    @property
+    def arena_usage(self) -> float:
+        """Part of the adapter arena that is held, 0 to 1."""
+        extents = self._state.residency.extents
+        return extents.num_held / extents.capacity if extents.capacity else 0.0
+
+    @property
+    def max_adapter_elements(self) -> int:
+        """The largest adapter that requests may name."""
+        return self._state.residency.max_inference_elements
+
+    @property
+    def max_training_adapter_elements(self) -> int:
+        """The largest adapter that jobs may train."""
+        return self._state.residency.training_elements
+
+    def adapter_slot(self, key: str) -> int | None:
+        """The slot of an adapter that is on the device, else None."""
+        return self._state.residency.slot(key)
+
+    def has_work(self) -> bool:
+        """Whether anything waits, runs or is in flight. True with an empty plan: the next step is the
+        engine's.
+        """
+        state = self._state
+        return bool(self._in_flight or state.sequences or any(job.has_work for job in state.training.jobs.values()))
+
+    def check_invariants(self) -> None:
+        """All parts agree with each other; for tests and idle moments.
+
+        Raises:
+            AssertionError: they do not.
+        """
+        self._state.check_invariants()
+        assert len(self._in_flight) <= self.limits.max_inflight

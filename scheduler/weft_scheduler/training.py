@@ -1,11 +1,13 @@
-"""Finetuning work: packs on their way through forward windows and backward waves, and the steps of their jobs.
+"""Finetuning work: packs on their way through forward windows and backward waves, and the steps of their
+jobs.
 
-    queued → forwarding → ready → in wave → done        (dropped: back to queued, resuming at its cursor layer)
+    queued → forwarding → ready → in wave → done        (dropped: back to queued, resuming at its cursor
+layer)
 
-Owns the order of windows and slices; it does not know budgets or clocks, and blocks only as lists that it is handed.
-A wave goes from its first layer to layer 0 and, within a layer, from the last window to window 0. A pack dropped between
-two layers keeps its cursor: it is forwarded again without loss and goes on in a wave that starts there, so that every
-(layer, window) of a pack runs exactly once.
+Owns the order of windows and slices; it does not know budgets or clocks, and blocks only as lists that it is
+handed. A wave goes from its first layer to layer 0 and, within a layer, from the last window to window 0. A
+pack dropped between two layers keeps its cursor: it is forwarded again without loss and goes on in a wave
+that starts there, so that every (layer, window) of a pack runs exactly once.
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ class PackStatus(Enum):
 class Pack:
     """The state of one pack, counting plans in flight.
 
-    `cursor_layer` is the layer at which its backward begins or goes on; `has_loss` says that all windows have been
-    forwarded with their loss; `is_protected` that it has waited so long that requests may not take its blocks.
+    `cursor_layer` is the layer at which its backward begins or goes on; `has_loss` says that all windows have
+    been forwarded with their loss; `is_protected` that it has waited so long that requests may not take its
+    blocks.
     """
 
     spec: PackSpec
@@ -71,7 +74,8 @@ class Job:
     job_id: str
     adapter: str
     packs: list[Pack] = field(default_factory=list)
-    tenant: str = ""
+    tenant: str | None = None
+    waiting_since_s: float | None = None
     step_is_closed: bool = False
     step_is_planned: bool = False
     last_planned: int = 0
@@ -80,6 +84,11 @@ class Job:
     def step_is_due(self) -> bool:
         """Whether the optimizer step can be planned: closed, every backward committed, not planned yet."""
         return self.step_is_closed and not self.packs and not self.step_is_planned
+
+    @property
+    def has_work(self) -> bool:
+        """Whether its open step has packs to compute or an optimizer step to run."""
+        return bool(self.packs) or self.step_is_closed
 
     def head(self) -> Pack | None:
         """The first pack that has no blocks yet."""
@@ -142,13 +151,16 @@ class TrainingQueue:
         """Queue a pack of the job's open step.
 
         Raises:
-            ValueError: the job is unknown, its step is closed, the adapter is another one, or the id is in use.
+            ValueError: the job is unknown, its step is closed, the adapter is another one, or the id is in
+        use.
         """
         job = self.jobs.get(spec.job_id)
         if job is None or job.adapter != spec.adapter:
             raise ValueError(f"pack {spec.pack_id}: add the training adapter {spec.adapter} of its job first")
         if job.step_is_closed:
-            raise ValueError(f"pack {spec.pack_id}: the step of job {spec.job_id} is closed until its StepDone")
+            raise ValueError(
+                f"pack {spec.pack_id}: the step of job {spec.job_id} is closed until its StepDone"
+            )
         if spec.pack_id in self._pack_ids:
             raise ValueError(f"pack {spec.pack_id} exists already")
         num_windows = -(-spec.num_tokens // self.window_tokens)
@@ -183,8 +195,8 @@ class TrainingQueue:
     def drop(self, pack: Pack, now_s: float) -> tuple[int, ...]:
         """Take the blocks of an alive pack away; returns them.
 
-        What was forwarded before the last window had its loss is forgotten; after that the cotangent at the cursor is
-        kept, and the pack is forwarded again without loss.
+        What was forwarded before the last window had its loss is forgotten; after that the cotangent at the
+        cursor is kept, and the pack is forwarded again without loss.
 
         Raises:
             ValueError: its wave is inside a layer.
@@ -255,7 +267,9 @@ class TrainingQueue:
         return self.wave
 
     def sliced(self, wave: Wave, iteration: int) -> tuple[BackwardSlice, list[Pack]]:
-        """The wave's next slice is planned: advance the cursor. Returns the slice and the packs that it completes."""
+        """The wave's next slice is planned: advance the cursor. Returns the slice and the packs that it
+        completes.
+        """
         members = wave.members()
         part = BackwardSlice(
             wave.wave_id, tuple(pack.spec.pack_id for pack in members), wave.layer, wave.window

@@ -14,7 +14,15 @@ from weft_kernels.attention import reference
 from weft_kernels.attention.batch import AttentionBatch, AttentionChunk, make_chunk
 from weft_kernels.attention.reference import Vjp, gather_keys
 
-__all__ = ["AttentionBatch", "AttentionChunk", "Vjp", "chunk_vjp", "gather_keys", "make_chunk", "paged_attention"]
+__all__ = [
+    "AttentionBatch",
+    "AttentionChunk",
+    "Vjp",
+    "chunk_vjp",
+    "gather_keys",
+    "make_chunk",
+    "paged_attention",
+]
 
 
 def paged_attention(

@@ -22,18 +22,24 @@ class AttentionChunk:
     num_keys: int
     key_offset: int
     block_ids: Tensor
-    _masks: dict[tuple[torch.dtype, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _masks: dict[tuple[torch.dtype, int | None], Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def mask(self, dtype: torch.dtype, device: torch.device, sliding_window: int | None) -> Tensor:
         """Additive causal mask `[num_tokens, num_keys]`, kept for the other layers of the iteration."""
         key = (dtype, sliding_window)
         if key not in self._masks:
-            positions = torch.arange(self.num_keys - self.num_tokens, self.num_keys, device=device).unsqueeze(1)
+            positions = torch.arange(self.num_keys - self.num_tokens, self.num_keys, device=device).unsqueeze(
+                1
+            )
             keys = torch.arange(self.num_keys, device=device).unsqueeze(0)
             hidden = keys > positions
             if sliding_window is not None:
                 hidden |= keys <= positions - sliding_window
-            self._masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+            self._masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
+                hidden, -torch.inf
+            )
         return self._masks[key]
 
 
@@ -64,7 +70,9 @@ class AttentionBatch:
     decode_block_tables: Tensor
     decode_lengths: Tensor
     chunks: Sequence[AttentionChunk]
-    _masks: dict[tuple[torch.dtype, int | None], Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _masks: dict[tuple[torch.dtype, int | None], Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def decode_mask(self, num_keys: int, dtype: torch.dtype, sliding_window: int | None) -> Tensor:
         """Additive mask `[S, 1, 1, num_keys]` of the padded decode call, kept for the other layers."""

@@ -65,7 +65,12 @@ def gather_keys(k_cache: Tensor, v_cache: Tensor, chunk: AttentionChunk) -> tupl
 
 
 def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float, sliding_window: int | None
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    sliding_window: int | None,
 ) -> Tensor:
     num_sequences, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -88,7 +93,9 @@ def _chunk(
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, D]
     if num_heads != num_kv_heads:
         k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k, v))
-    whole = chunk.num_tokens == chunk.num_keys and (sliding_window is None or chunk.num_keys <= sliding_window)
+    whole = chunk.num_tokens == chunk.num_keys and (
+        sliding_window is None or chunk.num_keys <= sliding_window
+    )
     mask = None if whole else chunk.mask(q.dtype, q.device, sliding_window)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale)
     return out.squeeze(0).transpose(0, 1)

@@ -32,7 +32,7 @@ def tile_config(rows: int, max_rank: int, itemsize: int) -> TileConfig:
     """Tile sizes whose operands, double-buffered, stay below 96 KiB of shared memory."""
     ranks = 16 if max_rank <= 16 else 32 if max_rank <= 32 else 64
     columns = 128 if itemsize <= 2 else 64
-    return TileConfig(rows, ranks, columns, 4)
+    return TileConfig(rows, ranks, columns, num_warps=8 if rows >= 64 else 4)
 
 
 def lora_forward(
@@ -139,6 +139,7 @@ class _Call:
             BLOCK_C=config.columns,
             num_warps=config.num_warps,
             num_stages=2,
+            enable_fp_fusion=True,
         )
 
     def expand(
@@ -162,6 +163,7 @@ class _Call:
             BLOCK_C=config.columns,
             num_warps=config.num_warps,
             num_stages=2,
+            enable_fp_fusion=True,
         )
 
     def weight_grad(
@@ -193,6 +195,7 @@ class _Call:
             BLOCK_C=config.columns,
             num_warps=config.num_warps,
             num_stages=2,
+            enable_fp_fusion=True,
         )
 
     def _site_arguments(self, dropout: LoraDropout | None) -> tuple[Tensor | int, ...]:

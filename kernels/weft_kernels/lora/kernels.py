@@ -8,7 +8,9 @@ Common arguments: `weights, offsets, ranks, scales` address a weight matrix [ran
 `tiles` [.., 3] holds `(slot, start, num_rows)` with `start` into `token_idx`; `m0..m2` are the modules of the
 group and `c0..c2` the widths of the wide axis. SHARED says that all modules use the same columns of the wide
 matrix (x, dx); otherwise their columns stand side by side from `first_column` (y, dy). Wide matrices are
-indexed by `token_idx`, rank-wide scratch by position in it, with module i at column `i * rank_stride`.
+indexed by `token_idx`, rank-wide scratch by position in it, with module i at column `i * rank_stride`. Of a
+scratch row the columns up to the next multiple of 16 ranks are written (zeros past the true rank), so that
+reading it needs no mask finer than a vector.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -32,6 +34,12 @@ def _pick(i, a, b, c):
 def _first_column(i, first_column, c0, c1, SHARED: tl.constexpr):
     """Where module i's columns begin in the wide matrix."""
     return first_column if SHARED else first_column + tl.where(i > 0, c0, 0) + tl.where(i > 1, c1, 0)
+
+
+@triton.jit
+def _padded(rank):
+    """The rank rounded up to whole vectors of scratch."""
+    return (rank + 15) // 16 * 16
 
 
 @triton.jit
@@ -137,7 +145,7 @@ def shrink_kernel(
             acc += tl.dot(x_tile, tl.trans(w_tile.to(x.dtype.element_ty)), input_precision="ieee")
         acc = acc * tl.load(scales + site)
         out_rows = out + (start + m).to(tl.int64)[:, None] * out_stride + i * rank_stride
-        out_mask = row_mask[:, None] & rank_mask[None, :]
+        out_mask = row_mask[:, None] & (r < _padded(rank))[None, :]
         tl.store(out_rows + r[None, :], acc.to(out.dtype.element_ty), mask=out_mask)
 
 
@@ -208,11 +216,8 @@ def expand_kernel(
             for r0 in range(0, rank, BLOCK_R):
                 r = r0 + tl.arange(0, BLOCK_R)
                 rank_mask = r < rank
-                v_tile = tl.load(
-                    v_rows + i * rank_stride + r[None, :],
-                    mask=row_mask[:, None] & rank_mask[None, :],
-                    other=0.0,
-                )
+                v_mask = row_mask[:, None] & (r < _padded(rank))[None, :]
+                v_tile = tl.load(v_rows + i * rank_stride + r[None, :], mask=v_mask, other=0.0)
                 w_tile = tl.load(
                     weights + offset + r.to(tl.int64)[:, None] * width + c[None, :],
                     mask=rank_mask[:, None] & column_mask[None, :],
@@ -293,7 +298,7 @@ def weight_grad_kernel(
             rows = tl.load(token_idx + start + m, mask=row_mask, other=0)
             left_tile = tl.load(
                 left + (start + m).to(tl.int64)[:, None] * left_stride + i * rank_stride + r[None, :],
-                mask=row_mask[:, None] & rank_mask[None, :],
+                mask=row_mask[:, None] & (r < _padded(rank))[None, :],
                 other=0.0,
             )
             right_tile = tl.load(

@@ -27,10 +27,29 @@ def _scales(
 
 
 @triton.jit
-def _decode(packed, scales, quant_map, WEIGHT_DTYPE: tl.constexpr):
+def _look_up(quant_map, code, CACHED: tl.constexpr):
+    """`quant_map[code]`. CACHED hides the load from the software pipeliner, which would stage every lookup
+    through an asynchronous copy; the 64-byte map lives in L1 anyway."""
+    address = quant_map + code.to(tl.int32)
+    if CACHED:
+        value = tl.inline_asm_elementwise(
+            "ld.global.ca.f32 $0, [$1];",
+            "=f,l",
+            [address.to(tl.int64)],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        value = tl.load(address)
+    return value
+
+
+@triton.jit
+def _decode(packed, scales, quant_map, WEIGHT_DTYPE: tl.constexpr, CACHED: tl.constexpr):
     """Bytes [.., n] times their scales, as interleaved elements [.., 2n], rounded to the recorded dtype."""
-    even = tl.load(quant_map + (packed >> 4).to(tl.int32)) * scales
-    odd = tl.load(quant_map + (packed & 15).to(tl.int32)) * scales
+    even = _look_up(quant_map, packed >> 4, CACHED) * scales
+    odd = _look_up(quant_map, packed & 15, CACHED) * scales
     return tl.interleave(even.to(WEIGHT_DTYPE), odd.to(WEIGHT_DTYPE))
 
 
@@ -50,6 +69,7 @@ def _weight_tile(
     NESTED: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
+    CACHED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -69,7 +89,7 @@ def _weight_tile(
     else:
         block = (start[:, None] + byte[None, :]) // (BLOCK_SIZE // 2)
         scales = _scales(absmax, absmax_codes, nested_absmax, nested_offset, nested_map, block, mask, NESTED)
-    return _decode(packed, scales, quant_map, WEIGHT_DTYPE)
+    return _decode(packed, scales, quant_map, WEIGHT_DTYPE, CACHED)
 
 
 @triton.jit
@@ -97,7 +117,7 @@ def dequantize_kernel(
     scales = _scales(
         absmax, absmax_codes, nested_absmax, nested_offset, nested_map, block, block < num_blocks, NESTED
     )
-    values = _decode(packed, scales[:, None], quant_map, WEIGHT_DTYPE)
+    values = _decode(packed, scales[:, None], quant_map, WEIGHT_DTYPE, False)
     element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     tl.store(out + element, values.to(out.dtype.element_ty), mask=element < num_elements)
 
@@ -124,6 +144,7 @@ def linear_kernel(
     NESTED: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
+    CACHED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -154,6 +175,7 @@ def linear_kernel(
             NESTED,
             WHOLE_BLOCKS,
             WEIGHT_DTYPE,
+            CACHED,
             BLOCK_SIZE,
             BLOCK_K,
         )
@@ -184,6 +206,7 @@ def input_grad_kernel(
     NESTED: tl.constexpr,
     WHOLE_BLOCKS: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
+    CACHED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -214,6 +237,7 @@ def input_grad_kernel(
             NESTED,
             WHOLE_BLOCKS,
             WEIGHT_DTYPE,
+            CACHED,
             BLOCK_SIZE,
             BLOCK_K,
         )

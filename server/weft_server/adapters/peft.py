@@ -31,6 +31,7 @@ FORMAT_VERSION = "0.18.0"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PICKLE_STARTS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _FOREIGN_KEYS: tuple[tuple[str, str], ...] = (
     (".lora_magnitude_vector", "belongs to DoRA, which is not supported"),
     (".lora_embedding_", "adapts an embedding, which is shared and cannot be adapted"),
@@ -90,14 +91,15 @@ def write_peft(packed: PackedAdapter, *, base_model_name: str) -> tuple[bytes, b
 
 
 def _parse_safetensors(weights: bytes) -> dict[str, Tensor]:
-    if weights[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise AdapterError(
-            "the weights are a pickle (.bin) file, which can run code when loaded; "
-            "save the adapter with safe_serialization=True"
-        )
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(weights)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        # Only now: the length that a safetensors file starts with may look like a pickle's first bytes.
+        if weights.startswith(_PICKLE_STARTS):
+            raise AdapterError(
+                "the weights are a pickle (.bin) file, which can run code when loaded; "
+                "save the adapter with safe_serialization=True"
+            ) from error
         raise AdapterError(f"the weights are not a safetensors file that can be read: {error}") from error
     return tensors
 

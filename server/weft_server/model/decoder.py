@@ -66,7 +66,9 @@ class Decoder:
         self.config = weights.config
         self.dtype = weights.dtype
         self.device = weights.device
-        self.rotary = RotaryTable(self.config, max_positions=max_positions, dtype=self.dtype, device=self.device)
+        self.rotary = RotaryTable(
+            self.config, max_positions=max_positions, dtype=self.dtype, device=self.device
+        )
         config = self.config
         self.scale = config.head_dim**-0.5
         self._q_size = config.num_heads * config.head_dim
@@ -148,17 +150,30 @@ class Decoder:
         d_context = weights.o.input_grad(d_mid)
         if batch.lora is not None:
             widths = (self.config.hidden_size,)
-            lora_backward(context, d_mid, d_context, grads, table, layer, O, widths, batch.lora, batch.dropout)
+            lora_backward(
+                context, d_mid, d_context, grads, table, layer, O, widths, batch.lora, batch.dropout
+            )
         d_q = self._backward_attention(d_context.view_as(acts.q), vjps, batch, chunk_keys)
         d_qkv = self._backward_rotation(weights, acts, d_q, _complete_rows(chunk_keys, self.dtype))
         d_normed = weights.qkv.input_grad(d_qkv)
         if batch.lora is not None:
             lora_backward(
-                acts.normed_in, d_qkv, d_normed, grads, table, layer, QKV, self._qkv_widths, batch.lora, batch.dropout
+                acts.normed_in,
+                d_qkv,
+                d_normed,
+                grads,
+                table,
+                layer,
+                QKV,
+                self._qkv_widths,
+                batch.lora,
+                batch.dropout,
             )
         return d_mid + rms_norm_backward(hidden, weights.input_norm, d_normed, self.config.rms_norm_eps)
 
-    def _recompute_queries(self, layer: int, hidden: Tensor, batch: TokenBatch, table: LoraTable) -> _Activations:
+    def _recompute_queries(
+        self, layer: int, hidden: Tensor, batch: TokenBatch, table: LoraTable
+    ) -> _Activations:
         weights = self.weights.layers[layer]
         normed = self._norm(hidden, weights.input_norm)
         qkv = self._linear(weights.qkv, normed, table, layer, QKV, self._qkv_widths, batch)
@@ -168,7 +183,13 @@ class Decoder:
         return _Activations(normed, qk_raw, q, cos, sin)
 
     def _backward_mlp(
-        self, layer: int, mid: Tensor, d_out: Tensor, batch: TokenBatch, table: LoraTable, grads: Mapping[int, Tensor]
+        self,
+        layer: int,
+        mid: Tensor,
+        d_out: Tensor,
+        batch: TokenBatch,
+        table: LoraTable,
+        grads: Mapping[int, Tensor],
     ) -> Tensor:
         weights, lora, dropout = self.weights.layers[layer], batch.lora, batch.dropout
         normed = self._norm(mid, weights.post_attention_norm)
@@ -183,7 +204,9 @@ class Decoder:
         d_gate_up = torch.cat((d_gate, d_product * activated), dim=-1)
         d_normed = weights.gate_up.input_grad(d_gate_up)
         if lora is not None:
-            lora_backward(normed, d_gate_up, d_normed, grads, table, layer, GATE_UP, self._mlp_widths, lora, dropout)
+            lora_backward(
+                normed, d_gate_up, d_normed, grads, table, layer, GATE_UP, self._mlp_widths, lora, dropout
+            )
         return rms_norm_backward(mid, weights.post_attention_norm, d_normed, self.config.rms_norm_eps)
 
     def _attend_with_vjp(
@@ -249,7 +272,7 @@ class Decoder:
 
     def _split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         head_dim = self.config.head_dim
-        qk, v = qkv.split((self._q_size + self._kv_size, self._kv_size), dim=-1)
+        qk, v = torch.split(qkv, (self._q_size + self._kv_size, self._kv_size), dim=-1)
         return qk.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
 
     def _rotate(self, weights: LayerWeights, qk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

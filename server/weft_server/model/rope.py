@@ -20,7 +20,9 @@ class RotaryTable:
     def __init__(
         self, config: ModelConfig, *, max_positions: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        inv_freq, attention_factor = inverse_frequencies(config.rope, config.head_dim, config.max_position_embeddings)
+        inv_freq, attention_factor = inverse_frequencies(
+            config.rope, config.head_dim, config.max_position_embeddings
+        )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         angles = torch.outer(torch.arange(max_positions, dtype=wide), inv_freq.to(wide))
         angles = torch.cat((angles, angles), dim=-1)
@@ -42,6 +44,13 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + rotated * sin
 
 
+def _number(rope: RopeConfig, name: str, default: float | None = None) -> float:
+    value = rope.parameters.get(name)
+    if value is None and default is None:
+        raise ValueError(f"rope type {rope.type!r} lacks {name!r}; ModelConfig should have refused it")
+    return float(default if value is None else value)  # type: ignore[arg-type]
+
+
 def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
     """Inverse frequencies `[D / 2]` (fp32, as transformers computes them) and the attention factor."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
@@ -49,7 +58,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> 
     if rope.type == "default":
         return inv_freq, 1.0
     if rope.type == "linear":
-        return inv_freq / float(rope.parameters["factor"]), 1.0
+        return inv_freq / _number(rope, "factor"), 1.0
     if rope.type == "llama3":
         return _llama3(inv_freq, rope), 1.0
     if rope.type == "yarn":
@@ -59,9 +68,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, max_positions: int) -> 
 
 def _llama3(inv_freq: Tensor, rope: RopeConfig) -> Tensor:
     """Llama 3.1: low frequencies divided by `factor`, high ones kept, those between interpolated."""
-    factor = float(rope.parameters["factor"])
-    low, high = float(rope.parameters["low_freq_factor"]), float(rope.parameters["high_freq_factor"])
-    original = float(rope.parameters["original_max_position_embeddings"])
+    factor = _number(rope, "factor")
+    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
+    original = _number(rope, "original_max_position_embeddings")
     wavelength = 2 * math.pi / inv_freq
     smooth = (original / wavelength - low) / (high - low)
     between = (1 - smooth) * inv_freq / factor + smooth * inv_freq
@@ -73,9 +82,9 @@ def _llama3(inv_freq: Tensor, rope: RopeConfig) -> Tensor:
 def _yarn(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023), with the defaults and the attention factor of transformers."""
     parameters = rope.parameters
-    factor = float(parameters["factor"])
-    original = float(parameters.get("original_max_position_embeddings") or max_positions)
-    beta_fast, beta_slow = float(parameters.get("beta_fast") or 32), float(parameters.get("beta_slow") or 1)
+    factor = _number(rope, "factor")
+    original = _number(rope, "original_max_position_embeddings", max_positions)
+    beta_fast, beta_slow = _number(rope, "beta_fast", 32), _number(rope, "beta_slow", 1)
 
     def correction_dim(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -89,7 +98,9 @@ def _yarn(rope: RopeConfig, head_dim: int, max_positions: int) -> tuple[Tensor, 
     inv_freq = ramp / (factor * frequencies) + (1 - ramp) / frequencies
     attention_factor = parameters.get("attention_factor")
     if attention_factor is None:
-        attention_factor = _yarn_attention_factor(factor, parameters.get("mscale"), parameters.get("mscale_all_dim"))
+        attention_factor = _yarn_attention_factor(
+            factor, parameters.get("mscale"), parameters.get("mscale_all_dim")
+        )
     return inv_freq, float(attention_factor)
 
 

@@ -53,7 +53,12 @@ class WindowedBackward:
 
     @torch.no_grad()
     def run_slice(
-        self, wave_id: int, placements: Sequence[PackPlacement], layer: int, window: int, grads: Mapping[int, Tensor]
+        self,
+        wave_id: int,
+        placements: Sequence[PackPlacement],
+        layer: int,
+        window: int,
+        grads: Mapping[int, Tensor],
     ) -> None:
         """Descend one window through one layer.
 
@@ -123,7 +128,8 @@ class WindowedBackward:
             d_k, d_v = placement.pack.key_gradients(layer, shape)
             gradients[placement.pack.pack_id] = KeyGradients(d_k, d_v, slice(first, end))
         return [
-            ChunkKeys(gradients[placement.pack.pack_id], chunk.first_key) for placement, chunk in prepared.chunks
+            ChunkKeys(gradients[placement.pack.pack_id], chunk.first_key)
+            for placement, chunk in prepared.chunks
         ]
 
 

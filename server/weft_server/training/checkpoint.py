@@ -35,9 +35,11 @@ class Checkpoint:
         """Serialize; may run in another thread than the one that took the snapshot."""
         metadata = {
             "format": _FORMAT,
-            "state": json.dumps({"job_id": self.job_id, "step": self.step, "trained_tokens": self.trained_tokens}),
+            "state": json.dumps(
+                {"job_id": self.job_id, "step": self.step, "trained_tokens": self.trained_tokens}
+            ),
         }
-        return safetensors.torch.save(self.tensors, metadata=metadata)
+        return bytes(safetensors.torch.save(self.tensors, metadata=metadata))
 
 
 def take_checkpoint(job: FinetuneJob) -> Checkpoint:

@@ -89,7 +89,8 @@ class FinetuneJob:
         """The packs of the next step; all of them must be run before `finish_step`."""
         step, spec = self.num_steps_done, self.spec
         examples: list[Example] = [
-            self._dataset[idx] for idx in examples_of_step(len(self._dataset), spec.batch_size, spec.seed, step)
+            self._dataset[idx]
+            for idx in examples_of_step(len(self._dataset), spec.batch_size, spec.seed, step)
         ]
         self._packs = [
             make_pack(
@@ -101,7 +102,9 @@ class FinetuneJob:
                 seed=spec.seed,
                 step=step,
             )
-            for pack_idx, members in enumerate(plan_packs([len(e.tokens) for e in examples], self._max_pack_tokens))
+            for pack_idx, members in enumerate(
+                plan_packs([len(e.tokens) for e in examples], self._max_pack_tokens)
+            )
         ]
         self._step_started = self._clock()
         return self._packs

@@ -34,7 +34,7 @@ def loss_head(
     correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
     d_hidden = torch.zeros_like(hidden)
     trained = (labels != IGNORED).nonzero().squeeze(1)
-    for rows in trained.split(chunk_rows):
+    for rows in torch.split(trained, chunk_rows):
         x, target = hidden.index_select(0, rows), labels.index_select(0, rows)
         normed = F.rms_norm(x, (x.shape[-1],), norm, eps)
         log_probs = F.log_softmax(F.linear(normed, lm_head).to(wide), dim=-1)

@@ -69,7 +69,11 @@ class FlatAdamW:
         """Copies of `master`, `m`, `v` on the CPU, and Adam's own step count `[1]`."""
         state = self._optimizer.state.get(self.master, {})
         zeros = torch.zeros_like(self.master.data)
-        vectors = {"master": self.master.data, "m": state.get("exp_avg", zeros), "v": state.get("exp_avg_sq", zeros)}
+        vectors = {
+            "master": self.master.data,
+            "m": state.get("exp_avg", zeros),
+            "v": state.get("exp_avg_sq", zeros),
+        }
         count = torch.tensor([float(state.get("step", 0.0))])
         return {name: vector.to("cpu", copy=True) for name, vector in vectors.items()} | {"adam_step": count}
 

@@ -63,7 +63,9 @@ class Pack:
         """Take the memory that the pack keeps between forward and backward (idempotent)."""
         device = self.token_ids.device
         if self.layer_inputs is None:
-            self.layer_inputs = torch.empty((num_layers, self.num_tokens, hidden_size), dtype=dtype, device=device)
+            self.layer_inputs = torch.empty(
+                (num_layers, self.num_tokens, hidden_size), dtype=dtype, device=device
+            )
         if self.d_hidden is None:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             self.d_hidden = torch.zeros((self.num_tokens, hidden_size), dtype=dtype, device=device)
@@ -90,13 +92,17 @@ class Pack:
             )
         return self.d_keys[layer]
 
-    def chunks(self, first: int, end: int, row_start: int, block_table: Tensor, block_size: int) -> list[PackChunk]:
+    def chunks(
+        self, first: int, end: int, row_start: int, block_table: Tensor, block_size: int
+    ) -> list[PackChunk]:
         """Attention chunks of tokens `[first, end)` at batch row `row_start`: one per example that they touch."""
         chunks = []
         for start, stop in zip(self.starts[:-1], self.starts[1:], strict=True):
             begin, until = max(start, first), min(stop, end)
             if begin < until:
-                chunk = make_chunk(row_start + begin - first, until - begin, start, until, block_table, block_size)
+                chunk = make_chunk(
+                    row_start + begin - first, until - begin, start, until, block_table, block_size
+                )
                 chunks.append(PackChunk(chunk, start))
         return chunks
 

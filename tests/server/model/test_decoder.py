@@ -46,7 +46,10 @@ CASES = {
     "llama-head-dim": ("llama", {"head_dim": 16}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3_ROPE}),
-    "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-linear-rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
     "llama-yarn-rope": (
         "llama",
         {
@@ -79,7 +82,9 @@ def _build(family: str, changes: dict[str, object], path: Path) -> torch.nn.Modu
 
 def _decoder(path: Path) -> Decoder:
     config = ModelConfig.from_directory(path)
-    weights = load_weights(path, config, device=CPU, dtype=torch.float32, quantization="none", low_memory=False)
+    weights = load_weights(
+        path, config, device=CPU, dtype=torch.float32, quantization="none", low_memory=False
+    )
     return Decoder(weights, max_positions=config.max_position_embeddings)
 
 
@@ -112,15 +117,21 @@ def _logits(decoder: Decoder, prompts: list[list[int]], splits: list[int]) -> li
             count = min(end, len(prompt)) - start
             if count > 0:
                 kind = SegmentKind.DECODE if count == 1 and start > 0 else SegmentKind.PREFILL
-                table_ids = tuple(range(i * blocks_each, (i + 1) * blocks_each))[: -(-(start + count) // BLOCK_SIZE)]
+                table_ids = tuple(range(i * blocks_each, (i + 1) * blocks_each))[
+                    : -(-(start + count) // BLOCK_SIZE)
+                ]
                 segments.append(Segment(str(i), kind, start, count, None, table_ids))
-        batch = build_batch(StepPlan(0, tuple(segments)).forward, sequences, {}, block_size=BLOCK_SIZE, device=CPU)
+        batch = build_batch(
+            StepPlan(0, tuple(segments)).forward, sequences, {}, block_size=BLOCK_SIZE, device=CPU
+        )
         ids = batch.token_ids.clone()
         for placed in batch.segments[: batch.num_decode]:
             ids[placed.row] = sequences[placed.segment.sequence_id].prompt[placed.segment.start]
         hidden = decoder.embed(ids)
         for layer in range(decoder.config.num_layers):
-            hidden = decoder.forward_layer(layer, hidden, batch.tokens, cache, table, decoder.rotation(batch.tokens))
+            hidden = decoder.forward_layer(
+                layer, hidden, batch.tokens, cache, table, decoder.rotation(batch.tokens)
+            )
         logits = decoder.logits(hidden)
         for placed in batch.segments:
             collected[int(placed.segment.sequence_id)].append(logits[placed.rows])

@@ -20,6 +20,7 @@ from weft_server.engine.runner import Runner, RunResult
 from weft_server.model.config import ModelConfig
 from weft_server.model.decoder import Decoder
 from weft_server.model.random import random_weights
+from weft_server.model.weights import DecoderWeights
 from weft_server.protocol import JobSpec, LoraSpec
 from weft_server.training.data import Dataset
 from weft_server.training.job import FinetuneJob
@@ -98,7 +99,9 @@ def random_dataset(lengths: Iterable[int], vocab_size: int, seed: int = 3) -> Da
     return dataset_of(examples)
 
 
-def random_adapter(config: ModelConfig, seed: int, rank: int = 4, modules: tuple[str, ...] = ALL_LINEAR) -> PackedAdapter:
+def random_adapter(
+    config: ModelConfig, seed: int, rank: int = 4, modules: tuple[str, ...] = ALL_LINEAR
+) -> PackedAdapter:
     """An adapter whose B is not zero, so that every gradient is alive."""
     fresh = new_adapter(
         rank=rank,
@@ -122,6 +125,7 @@ class Bench:
     dtype: torch.dtype
     window_tokens: int
     num_blocks: int = 256
+    weights: DecoderWeights | None = None
     decoder: Decoder = field(init=False)
     runner: Runner = field(init=False)
     jobs: dict[str, FinetuneJob] = field(default_factory=dict)
@@ -129,7 +133,9 @@ class Bench:
     _next_wave: int = 0
 
     def __post_init__(self) -> None:
-        weights = random_weights(self.config, seed=11, dtype=self.dtype, device=CPU, quantization="none")
+        weights = self.weights
+        if weights is None:
+            weights = random_weights(self.config, seed=11, dtype=self.dtype, device=CPU, quantization="none")
         self.decoder = Decoder(weights, max_positions=256)
         self.cache = KvCache(
             num_layers=self.config.num_layers,
@@ -146,7 +152,13 @@ class Bench:
         )
 
     def add_job(
-        self, dataset: Dataset, adapter: PackedAdapter, spec: JobSpec, *, job_id: str = "job", max_pack_tokens: int = 1000
+        self,
+        dataset: Dataset,
+        adapter: PackedAdapter,
+        spec: JobSpec,
+        *,
+        job_id: str = "job",
+        max_pack_tokens: int = 1000,
     ) -> FinetuneJob:
         job = FinetuneJob(
             job_id,
@@ -165,7 +177,9 @@ class Bench:
         self.jobs[job_id], self.slots[job_id] = job, slot
         return job
 
-    def accumulate_gradients(self, *job_ids: str, drop_before: Callable[[int], bool] = lambda _layer: False) -> None:
+    def accumulate_gradients(
+        self, *job_ids: str, drop_before: Callable[[int], bool] = lambda _layer: False
+    ) -> None:
         """Run the forward and backward of one step of each job, all packs in one wave.
 
         `drop_before(layer)` says at which layer boundaries all packs are dropped and forwarded again.
@@ -197,7 +211,9 @@ class Bench:
             self.arena.write(self.slots[job_id], self.jobs[job_id].optimizer.master.data.to(self.dtype))
         return result
 
-    def _forward(self, packs: Sequence[object], tables: Sequence[tuple[int, ...]], *, with_loss: bool) -> None:
+    def _forward(
+        self, packs: Sequence[object], tables: Sequence[tuple[int, ...]], *, with_loss: bool
+    ) -> None:
         longest = max(pack.num_tokens for pack in packs)
         for start in range(0, longest, self.window_tokens):
             segments = []
@@ -206,7 +222,9 @@ class Bench:
                 if count > 0:
                     slot = self.slots[pack.job_id]
                     segments.append(
-                        Segment(pack.pack_id, SegmentKind.TRAIN, start, count, slot, table, with_loss=with_loss)
+                        Segment(
+                            pack.pack_id, SegmentKind.TRAIN, start, count, slot, table, with_loss=with_loss
+                        )
                     )
             self._run(StepPlan(0, tuple(segments)))
 
@@ -264,9 +282,11 @@ class Bench:
                     layer, hidden, batch, cache, arena.table, self.decoder.rotation(batch)
                 )
             logits = self.decoder.logits(hidden)
-            loss = torch.nn.functional.cross_entropy(logits, example.labels, ignore_index=IGNORED, reduction="sum")
+            loss = torch.nn.functional.cross_entropy(
+                logits, example.labels, ignore_index=IGNORED, reduction="sum"
+            )
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         assert arena.weights.grad is not None
         return arena.weights.grad[: image.num_elements].clone(), total
 

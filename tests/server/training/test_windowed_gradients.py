@@ -55,7 +55,9 @@ def test_jobs_that_share_a_wave_get_their_own_exact_gradients(bench, make):
     for job_id, (rank, seed) in specs.items():
         modules = ("q_proj", "down_proj") if job_id == "c" else ("q_proj", "v_proj", "o_proj", "up_proj")
         adapter = make.adapter(config, seed, rank=rank, modules=modules)
-        b.add_job(make.dataset(LENGTHS, config.vocab_size, seed=seed), adapter, make.spec(seed=seed), job_id=job_id)
+        b.add_job(
+            make.dataset(LENGTHS, config.vocab_size, seed=seed), adapter, make.spec(seed=seed), job_id=job_id
+        )
     expected = {job_id: b.whole_sequence_gradient(job_id)[0] for job_id in specs}
     b.accumulate_gradients(*specs)
     for job_id in specs:
@@ -82,7 +84,10 @@ def test_dropout_is_redrawn_identically_by_windows_drops_and_packs(bench, make):
         spec = make.spec()
         spec = make.spec(lora=type(spec.lora)(4, 8.0, 0.3, spec.lora.target_modules))
         job = b.add_job(
-            make.dataset(LENGTHS, config.vocab_size), make.adapter(config, 5), spec, max_pack_tokens=max_pack_tokens
+            make.dataset(LENGTHS, config.vocab_size),
+            make.adapter(config, 5),
+            spec,
+            max_pack_tokens=max_pack_tokens,
         )
         b.accumulate_gradients("job", drop_before=lambda layer, where=boundaries: layer in where)
         gradients.append(job.optimizer.grad.clone())

@@ -1,0 +1,49 @@
+# Everything runs in .venv, made on first use. `make test` on a fresh machine installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: setup check format test test-all test-gpu demo serve base-model clean
+.DEFAULT_GOAL := test
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+check: setup
+	$(BIN)/ruff check server kernels scheduler tests
+	$(BIN)/ruff format --check server kernels scheduler tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix server kernels scheduler tests
+	$(BIN)/ruff format server kernels scheduler tests
+
+test: setup
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/pytest -m "not gpu"
+
+# For a machine with a GPU that has torch, triton, safetensors, tokenizers, transformers, peft and pytest, and
+# neither Weft's web stack nor a virtual environment: engine, kernels and training only.
+test-gpu:
+	PYTHONPATH=server:kernels:scheduler $(PYTHON) -m pytest -m gpu tests/kernels tests/gpu
+
+demo: setup
+	$(BIN)/weft demo --exit
+
+serve: setup
+	$(BIN)/weft serve demo
+
+# Trains the bundled base model again (at most an hour on two cores); the result is what the wheel ships.
+base-model: setup
+	$(BIN)/python -m weft_server.demo.train_base
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

@@ -1,0 +1,152 @@
+"""Finetuning: which packs get blocks, and how many windows, slices and optimizer steps a plan takes.
+
+Optimizer steps go first (their jobs stand still), then forward windows (they make waves wide), then the
+slices of the wave. Tenants share by start-time fair queueing when packs are admitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import inf
+
+from weft_scheduler.draft import PlanDraft
+from weft_scheduler.state import SchedulerState
+from weft_scheduler.training import Job, Pack, PackStatus, Wave
+
+TRICKLE_INTERVAL = 8
+"""Plans after which finetuning gets one unit, whatever the budget."""
+
+
+def trickle_is_due(state: SchedulerState) -> bool:
+    """Whether this plan must take one unit of finetuning."""
+    return state.num_idle_training_plans >= TRICKLE_INTERVAL - 1 and is_runnable(state)
+
+
+def is_runnable(state: SchedulerState) -> bool:
+    """Whether a window, slice or optimizer step could be planned now."""
+    return bool(state.training.alive) or any(True for _ in _due_jobs(state))
+
+
+def num_kept_blocks(state: SchedulerState, now_s: float) -> int:
+    """Blocks that new requests must leave to the next pack, because it has waited too long for them."""
+    pack = _next_pack(state)
+    if pack is None or now_s - pack.waiting_since_s < state.limits.max_training_wait_s:
+        return 0
+    if state.training.alive_tokens + pack.spec.num_tokens > state.limits.max_train_tokens:
+        return 0
+    return state.limits.num_blocks_for(pack.spec.num_tokens) + state.limits.inference_reserve_blocks
+
+
+def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, is_due: bool) -> None:
+    """Add units of finetuning within the budget; at least one if `is_due` or if the plan would be empty."""
+    training = state.training
+    if draft.must_finish_layer:
+        while training.wave is not None and not training.wave.is_between_layers:
+            _add_slice(state, draft, training.wave, inf)
+    _admit_packs(state, draft)
+    _add_steps(state, draft, budget_s)
+    _add_windows(state, draft, budget_s)
+    _add_slices(state, draft, budget_s)
+    if not draft.num_training_units and (is_due or not draft.forward):
+        _force_one(state, draft)
+    is_idle = is_runnable(state) and not draft.num_training_units
+    state.num_idle_training_plans = state.num_idle_training_plans + 1 if is_idle else 0
+
+
+def _due_jobs(state: SchedulerState) -> Iterator[Job]:
+    """Jobs whose optimizer step can be planned."""
+    for job in state.training.jobs.values():
+        if job.step_is_due and state.residency.slot(job.adapter) is not None:
+            yield job
+
+
+def _next_pack(state: SchedulerState) -> Pack | None:
+    """The queued pack of the least served tenant whose adapter is on the device."""
+    best: tuple[float, float] | None = None
+    chosen = None
+    for job in state.training.jobs.values():
+        pack = job.head()
+        if pack is None or state.residency.slot(job.adapter) is None:
+            continue
+        rank = (state.training_shares.tag(pack.spec.tenant), pack.waiting_since_s)
+        if best is None or rank < best:
+            best, chosen = rank, pack
+    return chosen
+
+
+def _admit_packs(state: SchedulerState, draft: PlanDraft) -> None:
+    limits = state.limits
+    while (pack := _next_pack(state)) is not None:
+        is_aged = draft.now_s - pack.waiting_since_s >= limits.max_training_wait_s
+        if draft.is_short_of_blocks and not is_aged:
+            return
+        if state.training.alive_tokens + pack.spec.num_tokens > limits.max_train_tokens:
+            return
+        needed = limits.num_blocks_for(pack.spec.num_tokens) + limits.inference_reserve_blocks
+        if state.blocks.num_free < needed:
+            return
+        state.admit_pack(pack)
+        pack.is_protected = is_aged
+
+
+def _add_steps(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:
+    for job in _due_jobs(state):
+        if not draft.try_add_step(job, _slot(state, job), budget_s):
+            return
+
+
+def _add_windows(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:
+    for pack in state.training.alive:
+        for _ in range(state.limits.max_pack_windows_per_plan):
+            if pack.status is not PackStatus.FORWARDING:
+                break
+            if not _add_window(state, draft, pack, budget_s):
+                return
+
+
+def _add_slices(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:
+    while (wave := state.training.next_wave()) is not None:
+        stops = draft.stops_between_layers or draft.must_finish_layer
+        if (stops and wave.is_between_layers) or not _add_slice(state, draft, wave, budget_s):
+            return
+
+
+def _force_one(state: SchedulerState, draft: PlanDraft) -> None:
+    """One unit without a budget: an optimizer step, else a slice, else a window."""
+    for job in _due_jobs(state):
+        draft.try_add_step(job, _slot(state, job), inf)
+        return
+    wave = state.training.next_wave()
+    if wave is not None:
+        _add_slice(state, draft, wave, inf)
+        return
+    for pack in state.training.alive:
+        if pack.status is PackStatus.FORWARDING and _add_window(state, draft, pack, inf):
+            return
+
+
+def _add_window(state: SchedulerState, draft: PlanDraft, pack: Pack, budget_s: float) -> bool:
+    slot = _slot(state, state.training.jobs[pack.spec.job_id])
+    return draft.try_add_window(state.training, pack, slot, budget_s)
+
+
+def _add_slice(state: SchedulerState, draft: PlanDraft, wave: Wave, budget_s: float) -> bool:
+    num_done = len(draft.done)
+    slots = tuple(_slot(state, state.training.jobs[pack.spec.job_id]) for pack in wave.members())
+    is_added = draft.try_add_slice(state.training, wave, slots, budget_s)
+    for pack in draft.done[num_done:]:
+        state.blocks.free(pack.block_ids, draft.iteration)
+        pack.block_ids = ()
+    return is_added
+
+
+def _slot(state: SchedulerState, job: Job) -> int:
+    """The slot of a job's adapter; it stays on the device from its first pack until the job is removed.
+
+    Raises:
+        RuntimeError: it is not on the device.
+    """
+    slot = state.residency.slot(job.adapter)
+    if slot is None:
+        raise RuntimeError(f"training adapter {job.adapter} is not on the device")
+    return slot

@@ -1,0 +1,126 @@
+"""Multipart uploads: parsed as they arrive, spooled to disk, and bounded.
+
+Knows forms and limits; knows nothing of what is uploaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from weft_server.errors import InvalidRequest, TooLarge, Unprocessable, WeftError
+
+_MAX_TEXT_BYTES = 64 * 1024
+_FRAMING_BYTES = 1 << 20
+_MAX_DRAINED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The fields of one upload by name; files are open while `read_form`'s context is."""
+
+    texts: dict[str, str]
+    files: dict[str, UploadFile]
+
+
+@asynccontextmanager
+async def read_form(
+    request: Request, *, texts: Sequence[str], files: Sequence[str], max_bytes: int, is_openai: bool
+) -> AsyncIterator[Form]:
+    """Read a multipart body that consists of exactly these fields, each once.
+
+    Args:
+        request: its body must not have been read.
+        texts: names of the text fields.
+        files: names of the file fields.
+        max_bytes: limit for all files together.
+        is_openai: whose object it is: errors in OpenAI's are 400, in Weft's own 422.
+
+    Raises:
+        InvalidRequest: not multipart, malformed, or (OpenAI's) a field is missing, repeated or unknown.
+        Unprocessable: (Weft's) a field is missing, repeated or unknown.
+        TooLarge: the body exceeds the limit.
+    """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise InvalidRequest("The body must be multipart/form-data.", code="invalid_content_type")
+    parser = MultiPartParser(
+        request.headers,
+        _limited(request, max_bytes),
+        max_files=len(files) + 1,
+        max_fields=len(texts) + 16,
+        max_part_size=_MAX_TEXT_BYTES,
+    )
+    try:
+        data = await parser.parse()
+    except (MultiPartException, KeyError) as error:
+        reason = error.message if isinstance(error, MultiPartException) else f"it has no {error}"
+        raise InvalidRequest(
+            f"The multipart body cannot be read: {reason}.", code="invalid_multipart"
+        ) from None
+    try:
+        form = _sorted(data.multi_items(), texts, files, is_openai=is_openai)
+        if sum(file.size or 0 for file in form.files.values()) > max_bytes:
+            raise _too_large(max_bytes)
+        yield form
+    finally:
+        await data.close()
+
+
+async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body while it is within the limit.
+
+    Beyond it some more is read and dropped before the refusal: a client still sending would not see it.
+    """
+    limit = max_bytes + _FRAMING_BYTES
+    num_bytes = 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes <= limit:
+            yield chunk
+        elif num_bytes > limit + _MAX_DRAINED_BYTES:
+            break
+    if num_bytes > limit:
+        raise _too_large(max_bytes)
+
+
+def _sorted(
+    items: Sequence[tuple[str, Any]], texts: Sequence[str], files: Sequence[str], *, is_openai: bool
+) -> Form:
+    form = Form({}, {})
+    for name, value in items:
+        is_file = isinstance(value, UploadFile)
+        if name not in texts and name not in files:
+            raise _refused(f"Unknown parameter: '{name}'.", name, "unknown_parameter", is_openai)
+        if name in form.texts or name in form.files:
+            raise _refused(f"'{name}' is given twice.", name, "invalid_value", is_openai)
+        if is_file != (name in files):
+            kind = "a file (with a filename)" if name in files else "text (without a filename)"
+            raise _refused(f"'{name}' must be {kind}.", name, "invalid_type", is_openai)
+        if isinstance(value, UploadFile):
+            form.files[name] = value
+        else:
+            form.texts[name] = value
+    for name in (*texts, *files):
+        if name not in form.texts and name not in form.files:
+            text = f"Missing required parameter: '{name}'."
+            raise _refused(text, name, "missing_required_parameter", is_openai)
+    return form
+
+
+def _refused(message: str, param: str, code: str, is_openai: bool) -> WeftError:
+    if is_openai:
+        return InvalidRequest(message, param=param, code=code)
+    return Unprocessable(message, param=param)
+
+
+def _too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(
+        f"The upload is larger than {max_bytes // (1 << 20)} MiB; the operator sets the limit with "
+        "--max-upload-mb."
+    )

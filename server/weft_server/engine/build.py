@@ -1,0 +1,177 @@
+"""Wires an engine together from a configuration: the one place where its collaborators meet.
+
+Needs torch, triton, safetensors and tokenizers alone; stores and sockets are injected by `process.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from weft_scheduler.budget import LatencyTargets
+from weft_scheduler.cost import CostModel
+from weft_scheduler.scheduler import Scheduler
+from weft_server.adapters.arena import AdapterArena
+from weft_server.adapters.fetch import AdapterFetcher
+from weft_server.adapters.host_cache import HostCache
+from weft_server.cache.kv import KvCache
+from weft_server.engine.calibration import calibrate
+from weft_server.engine.config import EngineConfig
+from weft_server.engine.engine import Engine
+from weft_server.engine.jobs import BaseFacts, BlobIO, JobManager
+from weft_server.engine.paging import AdapterPager
+from weft_server.engine.runner import Runner
+from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes
+from weft_server.model.config import ModelConfig
+from weft_server.model.decoder import Decoder
+from weft_server.model.fingerprint import base_fingerprint
+from weft_server.model.loading import load_weights
+from weft_server.model.weights import DecoderWeights
+from weft_server.protocol import EngineReady
+
+log = logging.getLogger(__name__)
+
+_HOST_CACHE_BYTES = 2 << 30
+_DEFAULT_TTFT_S = {"cuda": 2.0, "cpu": 5.0}
+_DEFAULT_CUDA_TPOT_S = 0.050
+_CPU_TPOT_FACTOR = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine ready to step, and what it announces."""
+
+    engine: Engine
+    ready: EngineReady
+
+
+def build_engine(
+    config: EngineConfig, blobs: BlobIO, *, record_plan: Callable[[list[str]], None] | None = None
+) -> BuiltEngine:
+    """Load the base, size everything, calibrate, and wire.
+
+    Raises:
+        WeftError: a bad model directory, or sizes that cannot be honoured.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    path = Path(config.model_dir)
+    model = ModelConfig.from_directory(path)
+    started = time.perf_counter()
+    weights = load_weights(
+        path,
+        model,
+        device=device,
+        dtype=dtype,
+        quantization=config.quantization,
+        low_memory=config.low_memory,
+    )
+    log.info("loaded %s in %.1f s", path, time.perf_counter() - started)
+    fingerprint = base_fingerprint(path)
+    return assemble_engine(config, weights, blobs, base_fingerprint=fingerprint, record_plan=record_plan)
+
+
+def assemble_engine(
+    config: EngineConfig,
+    weights: DecoderWeights,
+    blobs: BlobIO,
+    *,
+    base_fingerprint: str,
+    record_plan: Callable[[list[str]], None] | None = None,
+) -> BuiltEngine:
+    """An engine over loaded weights."""
+    sizes = choose_sizes(config, weights)
+    limits, model, device = sizes.limits, weights.config, weights.device
+    decoder = Decoder(weights, max_positions=limits.max_model_len)
+    cache = KvCache(
+        num_layers=model.num_layers,
+        num_blocks=limits.num_blocks,
+        block_size=limits.block_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=weights.dtype,
+        device=device,
+    )
+    arena = AdapterArena(
+        limits.arena_elements,
+        limits.num_adapter_slots,
+        model.num_layers,
+        dtype=weights.dtype,
+        device=device,
+    )
+    runner = Runner(
+        decoder, cache, arena.table, max_num_seqs=limits.max_num_seqs, window_tokens=limits.window_tokens
+    )
+    calibration = calibrate(decoder, runner, limits)
+    targets = _targets(config, device, calibration.unloaded_decode_s)
+    cost = CostModel()
+    cost.calibrate(calibration.samples)
+    scheduler = Scheduler(limits, cost, targets)
+    for tenant, weight in (config.tenant_weights or {}).items():
+        scheduler.set_weight(tenant, weight)
+    shapes = model.module_shapes
+    fetcher = AdapterFetcher(
+        blobs.read,
+        HostCache(_HOST_CACHE_BYTES),
+        num_layers=model.num_layers,
+        shapes=shapes,
+        dtype=weights.dtype,
+        pin_memory=device.type == "cuda",
+    )
+    pager = AdapterPager(arena, fetcher, scheduler)
+    facts = BaseFacts(
+        num_layers=model.num_layers,
+        shapes=shapes,
+        vocab_size=model.vocab_size,
+        max_model_len=limits.max_model_len,
+        device=device,
+        dtype=weights.dtype,
+        name=Path(config.model_dir).name,
+    )
+    jobs = JobManager(facts, blobs, scheduler, runner, pager, max_pack_tokens=sizes.max_pack_tokens)
+    engine = Engine(
+        scheduler=scheduler,
+        runner=runner,
+        pager=pager,
+        fetcher=fetcher,
+        jobs=jobs,
+        pipeline_depth=sizes.pipeline_depth,
+        record_plan=record_plan,
+    )
+    return BuiltEngine(engine, _announcement(config, weights, sizes, targets, base_fingerprint))
+
+
+def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: float) -> LatencyTargets:
+    if config.tpot_slo_ms is not None:
+        tpot_s = config.tpot_slo_ms / 1000
+    elif device.type == "cuda":
+        tpot_s = _DEFAULT_CUDA_TPOT_S
+    else:
+        tpot_s = _CPU_TPOT_FACTOR * unloaded_decode_s
+    ttft_s = _DEFAULT_TTFT_S[device.type] if config.ttft_slo_ms is None else config.ttft_slo_ms / 1000
+    return LatencyTargets(tpot_s=tpot_s, ttft_s=ttft_s, percentile=config.slo_percentile)
+
+
+def _announcement(
+    config: EngineConfig, weights: DecoderWeights, sizes: Sizes, targets: LatencyTargets, fingerprint: str
+) -> EngineReady:
+    limits = sizes.limits
+    return EngineReady(
+        max_model_len=limits.max_model_len,
+        vocab_size=weights.config.vocab_size,
+        max_num_seqs=limits.max_num_seqs,
+        max_batch_tokens=limits.max_batch_tokens,
+        kv_cache_tokens=limits.capacity_tokens,
+        adapter_arena_bytes=limits.arena_elements * weights.dtype.itemsize,
+        device=str(weights.device),
+        dtype=str(weights.dtype).removeprefix("torch."),
+        quantization=weights.layers[0].qkv.format,
+        base_fingerprint=fingerprint,
+        tpot_slo_ms=targets.tpot_s * 1000,
+        ttft_slo_ms=targets.ttft_s * 1000,
+    )

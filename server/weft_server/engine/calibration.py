@@ -1,0 +1,115 @@
+"""Measures the engine on this machine at start: a few seconds of synthetic iterations through the real runner.
+
+The samples seed the cost model; the unloaded decode time is the CPU's default latency target.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from weft_scheduler.cost import PlanFeatures
+from weft_scheduler.limits import Limits
+from weft_scheduler.plan import Segment, SegmentKind, StepPlan
+from weft_server.engine.runner import Runner
+from weft_server.engine.sequence import Sequence
+from weft_server.model.decoder import Decoder
+from weft_server.protocol import SamplingParams
+
+_MAX_SECONDS = 6.0
+_REPEATS = 5
+_DECODE_CONTEXT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Measured `(features, seconds)` and the median time of a one-sequence decode iteration."""
+
+    samples: list[tuple[PlanFeatures, float]]
+    unloaded_decode_s: float
+
+
+def calibrate(decoder: Decoder, runner: Runner, limits: Limits) -> Calibration:
+    """Run decode batches and prompt chunks of growing size, until done or out of time."""
+    deadline = time.perf_counter() + _MAX_SECONDS
+    samples: list[tuple[PlanFeatures, float]] = []
+    unloaded = 0.0
+    for plan in _plans(limits):
+        for segment in plan.forward:
+            runner.add_sequence(_sequence(segment))
+        seconds = _measure(runner, plan)
+        for segment in plan.forward:
+            runner.remove_sequence(segment.sequence_id)
+        samples.append((_features(plan), seconds))
+        if len(samples) == 1:
+            unloaded = seconds
+        if time.perf_counter() > deadline:
+            break
+    return Calibration(samples, unloaded)
+
+
+def _plans(limits: Limits) -> Iterator[StepPlan]:
+    for num_sequences in (1, 4, 16, 32):
+        if num_sequences <= min(limits.max_num_seqs, limits.num_blocks // 4):
+            yield _decode_plan(num_sequences, limits)
+    for num_tokens in (16, 64, 128, 256, 512, 1024):
+        if num_tokens <= min(limits.max_batch_tokens, limits.max_model_len - 1, limits.capacity_tokens):
+            yield _prefill_plan(num_tokens, limits)
+
+
+def _decode_plan(num_sequences: int, limits: Limits) -> StepPlan:
+    context = min(_DECODE_CONTEXT, limits.max_model_len - 2)
+    blocks = limits.num_blocks_for(context + 1)
+    segments = tuple(
+        Segment(
+            sequence_id=f"calibration-{i}",
+            kind=SegmentKind.DECODE,
+            start=context,
+            num_tokens=1,
+            adapter_slot=None,
+            block_ids=tuple((i * blocks + b) % limits.num_blocks for b in range(blocks)),
+            samples=True,
+        )
+        for i in range(num_sequences)
+    )
+    return StepPlan(iteration=0, forward=segments)
+
+
+def _prefill_plan(num_tokens: int, limits: Limits) -> StepPlan:
+    segment = Segment(
+        sequence_id="calibration-0",
+        kind=SegmentKind.PREFILL,
+        start=0,
+        num_tokens=num_tokens,
+        adapter_slot=None,
+        block_ids=tuple(range(limits.num_blocks_for(num_tokens))),
+        samples=True,
+    )
+    return StepPlan(iteration=0, forward=(segment,))
+
+
+def _sequence(segment: Segment) -> Sequence:
+    length = segment.start + segment.num_tokens
+    return Sequence(
+        request_id=segment.sequence_id,
+        prompt=[0] * length,
+        params=SamplingParams(max_tokens=1, temperature=0.0),
+        choice_idx=0,
+    )
+
+
+def _measure(runner: Runner, plan: StepPlan) -> float:
+    runner.submit(plan, {}).result()
+    return median(runner.submit(plan, {}).result().elapsed_s for _ in range(_REPEATS))
+
+
+def _features(plan: StepPlan) -> PlanFeatures:
+    chunks = [s for s in plan.forward if s.num_tokens > 1]
+    return PlanFeatures(
+        forward_tokens=plan.num_forward_tokens,
+        kv_tokens_read=sum(s.start + s.num_tokens for s in plan.forward),
+        attention_products=sum(s.num_tokens * (s.start + s.num_tokens) for s in chunks),
+        num_sequences=sum(s.samples for s in plan.forward),
+    )

@@ -1,0 +1,346 @@
+"""Finetune jobs inside the engine: loading, stepping, checkpointing and publishing.
+
+Everything that reads or writes blobs, or parses and serializes, runs in a small thread pool; the engine loop only
+collects what is done. The loop's part of a job is between `start_step` and `finish_step`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from weft_scheduler.scheduler import Scheduler
+from weft_scheduler.training import PackSpec
+from weft_server.adapters.image import HostImage
+from weft_server.adapters.packed import PackedAdapter, new_adapter, repack
+from weft_server.adapters.paths import ModuleShapes
+from weft_server.adapters.peft import read_peft, write_peft
+from weft_server.engine.paging import AdapterPager
+from weft_server.engine.runner import Runner
+from weft_server.errors import WeftError
+from weft_server.protocol import (
+    AdapterRef,
+    FromEngine,
+    JobCheckpointed,
+    JobFailed,
+    JobProgress,
+    JobStopped,
+    JobSucceeded,
+    StartJob,
+)
+from weft_server.training.checkpoint import (
+    CheckpointError,
+    current_weights,
+    restore_checkpoint,
+    take_checkpoint,
+)
+from weft_server.training.data import Dataset, DatasetError
+from weft_server.training.job import FinetuneJob, JobError, StepReport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BlobIO:
+    """The two blob operations that the engine needs; injected by the process."""
+
+    read: Callable[[str], bytes]
+    put: Callable[[Iterable[bytes]], str]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """What a job must know of the base model."""
+
+    num_layers: int
+    shapes: ModuleShapes
+    vocab_size: int
+    max_model_len: int
+    device: torch.device
+    dtype: torch.dtype
+    name: str
+
+
+class JobManager:
+    """All finetune jobs of one engine."""
+
+    def __init__(
+        self,
+        base: BaseFacts,
+        blobs: BlobIO,
+        scheduler: Scheduler,
+        runner: Runner,
+        pager: AdapterPager,
+        *,
+        max_pack_tokens: int,
+    ) -> None:
+        self._base = base
+        self._blobs = blobs
+        self._scheduler = scheduler
+        self._runner = runner
+        self._pager = pager
+        self._max_pack_tokens = max_pack_tokens
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jobs")
+        self._loading: dict[str, tuple[StartJob, Future[FinetuneJob]]] = {}
+        self._saving: list[tuple[FinetuneJob, Future[FromEngine]]] = []
+        self._packs: dict[str, set[str]] = {}
+        self.active: dict[str, FinetuneJob] = {}
+        self.num_steps = 0
+        self.num_trained_tokens = 0
+
+    # ------------------------------------------------------------ from the API process
+
+    def start(self, message: StartJob) -> None:
+        """Load a job's data and state in the background; it begins when they are there."""
+        if message.job_id in self.active or message.job_id in self._loading:
+            return
+        self._loading[message.job_id] = (message, self._pool.submit(self._load, message))
+
+    def cancel(self, job_id: str) -> list[FromEngine]:
+        """Stop a job at once; its adapter and gradients are dropped."""
+        if job_id in self._loading:
+            message, future = self._loading.pop(job_id)
+            future.cancel()
+            return [JobStopped(job_id, message.lease_epoch)]
+        job = self.active.get(job_id)
+        if job is None:
+            return []
+        self._remove(job)
+        return [JobStopped(job_id, job.lease_epoch)]
+
+    def checkpoint_all(self) -> list[FromEngine]:
+        """Write a checkpoint of every running job and wait for all writes (at shutdown)."""
+        for job in self.active.values():
+            if not job.is_finished:
+                self._save_checkpoint(job)
+        messages = [future.result() for _, future in self._saving]
+        self._saving.clear()
+        return messages
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------ from the engine loop
+
+    def poll(self, now: float) -> list[FromEngine]:
+        """Begin jobs that finished loading; report checkpoints and adapters that became durable."""
+        messages: list[FromEngine] = []
+        for job_id, (message, future) in list(self._loading.items()):
+            if future.done():
+                del self._loading[job_id]
+                messages += self._begin(message, future, now)
+        unfinished = []
+        for job, future_message in self._saving:
+            if not future_message.done():
+                unfinished.append((job, future_message))
+                continue
+            messages.append(_outcome(job, future_message))
+            if not isinstance(messages[-1], JobCheckpointed) and job.job_id in self.active:
+                self._remove(job)
+        self._saving = unfinished
+        return messages
+
+    def pack_done(self, pack_id: str) -> None:
+        """A pack's backward is complete: free what it kept."""
+        self._runner.remove_pack(pack_id)
+
+    def step_done(self, job_id: str, outcome: StepReport | JobError, now: float) -> list[FromEngine]:
+        """After an optimizer step: publish, checkpoint or go on; a failed step ends the job alone."""
+        job = self.active.get(job_id)
+        if job is None:
+            return []
+        if isinstance(outcome, JobError):
+            for pack_id in self._packs.get(job_id, ()):
+                self._runner.scrub(pack_id)
+            self._remove(job)
+            return [JobFailed(job_id, job.lease_epoch, outcome.code, outcome.message)]
+        self.num_steps += 1
+        self._pager.refresh(job.adapter_key, job.optimizer.master.data)
+        report = outcome
+        messages: list[FromEngine] = [
+            JobProgress(
+                job_id=job_id,
+                lease_epoch=job.lease_epoch,
+                step=report.step,
+                total_steps=job.spec.total_steps,
+                train_loss=report.loss,
+                train_mean_token_accuracy=report.token_accuracy,
+                learning_rate=report.learning_rate,
+                grad_norm=report.grad_norm,
+                tokens_per_second=report.tokens_per_second,
+                trained_tokens=job.trained_tokens,
+            )
+        ]
+        if job.is_finished:
+            self._publish(job)
+        else:
+            if job.spec.checkpoint_every and job.num_steps_done % job.spec.checkpoint_every == 0:
+                self._save_checkpoint(job)
+            self._start_step(job, now)
+        return messages
+
+    @property
+    def is_busy(self) -> bool:
+        """True while background work may produce messages."""
+        return bool(self._loading or self._saving)
+
+    @property
+    def num_running(self) -> int:
+        """Jobs that are loading or training."""
+        return len(self.active) + len(self._loading)
+
+    # ------------------------------------------------------------ life of a job
+
+    def _begin(self, message: StartJob, future: Future[FinetuneJob], now: float) -> list[FromEngine]:
+        try:
+            job = future.result()
+            image = HostImage.build(
+                job.adapter, self._base.dtype, pin_memory=self._base.device.type == "cuda"
+            )
+            image.weights.copy_(job.optimizer.master.data)
+            self._scheduler.add_training_adapter(job.adapter_key, job.adapter.num_elements)
+        except (JobError, WeftError) as error:
+            return [JobFailed(message.job_id, message.lease_epoch, error.code or "job_error", error.message)]
+        except ValueError as error:
+            return [JobFailed(message.job_id, message.lease_epoch, "adapter_too_large", str(error))]
+        except Exception as error:
+            log.exception("job %s could not be loaded", message.job_id)
+            return [
+                JobFailed(message.job_id, message.lease_epoch, "internal_error", f"loading failed: {error}")
+            ]
+        self.active[job.job_id] = job
+        self._pager.know_training(job.adapter_key, image)
+        if job.is_finished:
+            self._publish(job)
+            return []
+        try:
+            self._start_step(job, now)
+        except ValueError as error:
+            self._remove(job)
+            return [JobFailed(message.job_id, message.lease_epoch, "example_too_long", str(error))]
+        return []
+
+    def _start_step(self, job: FinetuneJob, now: float) -> None:
+        packs = job.start_step()
+        self._packs[job.job_id] = {pack.pack_id for pack in packs}
+        for pack in packs:
+            self._runner.add_pack(pack)
+            self.num_trained_tokens += pack.num_tokens
+            self._scheduler.add_pack(
+                PackSpec(
+                    pack_id=pack.pack_id,
+                    job_id=job.job_id,
+                    tenant=job.tenant,
+                    num_tokens=pack.num_tokens,
+                    adapter=job.adapter_key,
+                    num_target_tokens=pack.num_targets,
+                ),
+                now,
+            )
+        self._scheduler.step_ready(job.job_id, now)
+
+    def _remove(self, job: FinetuneJob) -> None:
+        self.active.pop(job.job_id, None)
+        self._scheduler.remove_job(job.job_id)
+        self._pager.forget_training(job.adapter_key)
+        for pack_id in self._packs.pop(job.job_id, ()):
+            self._runner.remove_pack(pack_id)
+
+    def _save_checkpoint(self, job: FinetuneJob) -> None:
+        snapshot = take_checkpoint(job)
+        epoch = job.lease_epoch
+
+        def write() -> FromEngine:
+            return JobCheckpointed(
+                snapshot.job_id, epoch, snapshot.step, self._blobs.put([snapshot.to_bytes()])
+            )
+
+        self._saving.append((job, self._pool.submit(write)))
+
+    def _publish(self, job: FinetuneJob) -> None:
+        weights = current_weights(job)
+
+        def write() -> FromEngine:
+            adapter = repack(job.adapter, weights)
+            config_json, tensors = write_peft(adapter, base_model_name=self._base.name)
+            config_blob, weights_blob = self._blobs.put([config_json]), self._blobs.put([tensors])
+            return JobSucceeded(
+                job_id=job.job_id,
+                lease_epoch=job.lease_epoch,
+                step=job.num_steps_done,
+                trained_tokens=job.trained_tokens,
+                adapter=AdapterRef(adapter.digest, config_blob, weights_blob, len(tensors)),
+                max_rank=adapter.max_rank,
+                target_modules=list(adapter.target_modules),
+                num_parameters=adapter.num_parameters,
+            )
+
+        self._saving.append((job, self._pool.submit(write)))
+
+    # ------------------------------------------------------------ in the pool
+
+    def _load(self, message: StartJob) -> FinetuneJob:
+        try:
+            dataset = Dataset(self._blobs.read(message.dataset_blob))
+        except DatasetError as error:
+            raise JobError("bad_dataset", str(error)) from error
+        if not len(dataset):
+            raise JobError("bad_dataset", "the dataset has no examples")
+        if dataset.max_token_id >= self._base.vocab_size:
+            raise JobError(
+                "bad_dataset",
+                f"token id {dataset.max_token_id} is outside the model's vocabulary of {self._base.vocab_size}",
+            )
+        job = FinetuneJob(
+            message.job_id,
+            message.tenant,
+            message.spec,
+            dataset,
+            self._initial_adapter(message),
+            lease_epoch=message.lease_epoch,
+            device=self._base.device,
+            max_pack_tokens=self._max_pack_tokens,
+        )
+        if message.checkpoint_blob is not None:
+            try:
+                restore_checkpoint(job, self._blobs.read(message.checkpoint_blob))
+            except CheckpointError as error:
+                raise JobError("bad_checkpoint", str(error)) from error
+        return job
+
+    def _initial_adapter(self, message: StartJob) -> PackedAdapter:
+        lora, ref = message.spec.lora, message.base_adapter
+        if ref is not None:
+            adapter = read_peft(
+                self._blobs.read(ref.config_blob),
+                self._blobs.read(ref.weights_blob),
+                num_layers=self._base.num_layers,
+                shapes=self._base.shapes,
+            )
+            return adapter.to(torch.float32)
+        return new_adapter(
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora,
+            num_layers=self._base.num_layers,
+            shapes=self._base.shapes,
+            seed=message.spec.seed,
+        )
+
+
+def _outcome(job: FinetuneJob, future: Future[FromEngine]) -> FromEngine:
+    try:
+        return future.result()
+    except WeftError as error:
+        log.error("job %s: %s", job.job_id, error.message)
+        return JobFailed(job.job_id, job.lease_epoch, error.code or "job_error", error.message)
+    except Exception as error:
+        log.exception("job %s could not be saved", job.job_id)
+        return JobFailed(job.job_id, job.lease_epoch, "internal_error", f"saving failed: {error}")

@@ -1,0 +1,126 @@
+"""Carries out the scheduler's adapter decisions: fetch, load into the arena, evict. Bytes only; the policy is elsewhere.
+
+Fetching runs in the fetcher's threads. Loading is one contiguous copy: asynchronous on a GPU, a memory copy on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from weft_scheduler.plan import AdapterLoad, MemoryPlan
+from weft_scheduler.scheduler import Scheduler
+from weft_server.adapters.arena import AdapterArena, LoadHandle
+from weft_server.adapters.errors import AdapterError, AdapterFetchFailed
+from weft_server.adapters.fetch import AdapterFetcher
+from weft_server.adapters.image import HostImage
+from weft_server.protocol import AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailure:
+    """An adapter that could not be fetched, the sequences that waited for it, and why."""
+
+    digest: str
+    request_ids: list[str]
+    status: int
+    code: str
+    message: str
+
+
+class AdapterPager:
+    """Moves adapters between store, host cache and arena as plans say."""
+
+    def __init__(self, arena: AdapterArena, fetcher: AdapterFetcher, scheduler: Scheduler) -> None:
+        self._arena = arena
+        self._fetcher = fetcher
+        self._scheduler = scheduler
+        self._refs: dict[str, AdapterRef] = {}
+        self._training: dict[str, HostImage] = {}
+        self._fetched: dict[str, HostImage] = {}
+        self._num_fetching = 0
+        self._slots: dict[str, int] = {}
+        self._loading: list[tuple[AdapterLoad, LoadHandle]] = []
+        self.num_loads = 0
+        self.num_evictions = 0
+
+    def know(self, ref: AdapterRef) -> None:
+        """Remember where an adapter's blobs are, for when the scheduler asks for it."""
+        self._refs[ref.digest] = ref
+
+    def know_training(self, key: str, image: HostImage) -> None:
+        """Register an adapter in training: its image is at hand and is never fetched."""
+        self._training[key] = image
+
+    def forget_training(self, key: str) -> None:
+        """The job is gone."""
+        self._training.pop(key, None)
+
+    def refresh(self, key: str, weights: Tensor) -> None:
+        """Write a training adapter's new weights (its fp32 master) to wherever it resides."""
+        if key in self._training:
+            self._training[key].weights.copy_(weights)
+        slot = self._slots.get(key)
+        if slot is not None:
+            self._arena.write(slot, weights)
+
+    def slot_of(self, key: str) -> int | None:
+        """The arena slot that holds an adapter now."""
+        return self._slots.get(key)
+
+    def carry_out(self, memory: MemoryPlan) -> None:
+        """Start a plan's memory actions; none of them is waited for."""
+        for digest, slot in memory.adapter_evictions:
+            self._arena.clear(slot)
+            self._slots.pop(digest, None)
+            self.num_evictions += 1
+        for load in memory.adapter_loads:
+            image = self._training.get(load.adapter) or self._fetched.pop(load.adapter)
+            self._loading.append((load, self._arena.load_async(load.slot, load.offset, image)))
+        for key in memory.adapter_fetches:
+            self._fetch(key)
+        self._finish_loads()
+
+    def poll(self) -> list[FetchFailure]:
+        """Report to the scheduler what has arrived since the last call; returns what failed."""
+        self._finish_loads()
+        failures = []
+        for done in self._fetcher.completed():
+            self._num_fetching -= 1
+            error = done.error
+            if done.image is not None:
+                reason = self._scheduler.adapter_fetched(done.digest, done.image.num_elements)
+                if reason is None:
+                    self._fetched[done.digest] = done.image
+                    continue
+                error = AdapterError(reason, code="adapter_too_large")
+            error = error or AdapterFetchFailed("the fetch ended without a result")
+            waiting = self._scheduler.adapter_failed(done.digest)
+            code = error.code or "adapter_error"
+            failures.append(FetchFailure(done.digest, waiting, error.status, code, error.message))
+        return failures
+
+    @property
+    def is_busy(self) -> bool:
+        """True while a fetch or load is under way."""
+        return bool(self._loading) or self._num_fetching > 0
+
+    def _fetch(self, key: str) -> None:
+        if key in self._training:
+            self._scheduler.adapter_fetched(key, self._training[key].num_elements)
+            return
+        self._num_fetching += 1
+        self._fetcher.submit(self._refs[key])
+
+    def _finish_loads(self) -> None:
+        still_loading = []
+        for load, handle in self._loading:
+            if handle.ready():
+                handle.finish()
+                self._slots[load.adapter] = load.slot
+                self._scheduler.adapter_loaded(load.adapter)
+                self.num_loads += 1
+            else:
+                still_loading.append((load, handle))
+        self._loading = still_loading

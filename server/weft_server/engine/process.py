@@ -1,0 +1,161 @@
+"""The engine process: reads its configuration, builds the engine, and runs the loop between two sockets.
+
+Run as `python -m weft_server.engine` with one line of JSON (`EngineConfig`) on standard input, which the API
+process keeps open: its end means that the API process is gone, and the engine with it.
+
+    main thread      takes messages, steps the engine, sends what it returns
+    receiver         socket → queue
+    heartbeat        once a second, also while a long iteration runs
+    parent watch     waits for the end of standard input
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import zmq
+
+from weft_server.engine.build import BuiltEngine, build_engine
+from weft_server.engine.config import EngineConfig
+from weft_server.engine.engine import Engine
+from weft_server.engine.jobs import BlobIO
+from weft_server.errors import WeftError
+from weft_server.flight_recorder import FlightRecorder
+from weft_server.protocol import EngineFailed, FromEngine, Shutdown, ToEngine
+from weft_server.store.opening import open_store
+from weft_server.transport import decode, encode
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 0.5
+_IDLE_POLL_S = 0.5
+_BUSY_POLL_S = 0.002
+
+
+class _Sender:
+    """A socket that several threads send on."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, epoch: int) -> None:
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.connect(address)
+        self._epoch = epoch
+        self._lock = threading.Lock()
+
+    def send(self, message: FromEngine) -> None:
+        with self._lock:
+            self._socket.send_multipart(encode(message, self._epoch))
+
+    def close(self) -> None:
+        with self._lock:
+            self._socket.close(linger=2000)
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    config = EngineConfig.from_json(sys.stdin.readline())
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s engine %(name)s: %(message)s",
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    sender = _Sender(context, config.send_address, config.epoch)
+    try:
+        return _serve(config, context, sender)
+    finally:
+        sender.close()
+        context.destroy(linger=2000)
+
+
+def _serve(config: EngineConfig, context: zmq.Context[zmq.Socket[bytes]], sender: _Sender) -> int:
+    try:
+        store = open_store(config.store_url, Path(config.data_dir), redis_volatile=config.redis_volatile)
+        recorder = FlightRecorder(Path(config.flight_record))
+        blobs = BlobIO(read=store.blobs.read_bytes, put=store.blobs.put)
+        built = build_engine(config, blobs, record_plan=recorder.record)
+    except WeftError as error:
+        sender.send(EngineFailed(error.message, error.code or "engine_start_failed"))
+        return 1
+    except (MemoryError, RuntimeError, OSError, ValueError) as error:
+        log.exception("the engine cannot start")
+        sender.send(EngineFailed(f"{type(error).__name__}: {error}", "engine_start_failed"))
+        return 1
+    inbox: SimpleQueue[ToEngine] = SimpleQueue()
+    threading.Thread(target=_receive, args=(context, config, inbox), name="receiver", daemon=True).start()
+    threading.Thread(target=_beat, args=(built.engine, sender), name="heartbeat", daemon=True).start()
+    sender.send(built.ready)
+    _loop(built, inbox, sender, recorder)
+    return 0
+
+
+def _loop(
+    built: BuiltEngine, inbox: SimpleQueue[ToEngine], sender: _Sender, recorder: FlightRecorder
+) -> None:
+    engine = built.engine
+    while True:
+        for message in _take(inbox, engine):
+            if isinstance(message, Shutdown):
+                for last in engine.shut_down():
+                    sender.send(last)
+                return
+            engine.handle(message)
+        for answer in engine.step():
+            sender.send(answer)
+        if not engine.has_work:
+            recorder.record(())
+
+
+def _take(inbox: SimpleQueue[ToEngine], engine: Engine) -> list[ToEngine]:
+    """Everything that has arrived; waits for the first message when the engine has nothing to do."""
+    messages: list[ToEngine] = []
+    try:
+        if not engine.has_work:
+            messages.append(inbox.get(timeout=_BUSY_POLL_S if engine.awaits_background else _IDLE_POLL_S))
+        while True:
+            messages.append(inbox.get_nowait())
+    except Empty:
+        return messages
+
+
+def _receive(
+    context: zmq.Context[zmq.Socket[bytes]], config: EngineConfig, inbox: SimpleQueue[ToEngine]
+) -> None:
+    socket = context.socket(zmq.PULL)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(config.receive_address)
+    try:
+        while True:
+            epoch, message = decode(socket.recv_multipart())
+            if epoch == config.epoch:
+                inbox.put(message)  # type: ignore[arg-type]
+    except zmq.ContextTerminated:
+        return
+    finally:
+        socket.close(linger=0)
+
+
+def _beat(engine: Engine, sender: _Sender) -> None:
+    while True:
+        time.sleep(_HEARTBEAT_S)
+        try:
+            sender.send(engine.heartbeat())
+        except zmq.ZMQError:
+            return
+
+
+def _exit_with_parent() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(3)
+

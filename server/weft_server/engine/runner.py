@@ -1,0 +1,315 @@
+"""Executes plans: forward over the flat batch, sampling, backward slices, optimizer steps. Decides nothing.
+
+`submit` issues the work of one iteration and returns before the device is done (on a CPU it is done by then);
+`StepHandle.result` waits for it and brings tokens, log-probabilities and losses to the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from weft_kernels.lora import LoraTable
+from weft_scheduler.plan import BackwardSlice, SegmentKind, StepPlan
+from weft_server.cache.kv import KvCache
+from weft_server.engine.batch import FlatBatch, PlacedSegment, build_batch
+from weft_server.engine.sampler import SamplingRow, sample, top_logprobs
+from weft_server.engine.sequence import Sequence as GeneratedSequence
+from weft_server.model.decoder import Decoder
+from weft_server.protocol import TokenLogprob
+from weft_server.training.backward import PackPlacement, WindowedBackward
+from weft_server.training.job import FinetuneJob, JobError, StepReport
+from weft_server.training.loss import loss_head
+from weft_server.training.pack import Pack
+
+_PROMPT_LOGPROB_ROWS = 256
+
+
+@dataclass(slots=True)
+class RunResult:
+    """What one iteration brought to the host.
+
+    `sampled` and `logprobs` are by sequence, `steps` by job (a report, or the error that ends the job), `failed`
+    names sequences whose logits were not finite. `elapsed_s` is the iteration's time on the device.
+    """
+
+    sampled: dict[str, int] = field(default_factory=dict)
+    logprobs: dict[str, TokenLogprob] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, StepReport | JobError] = field(default_factory=dict)
+    elapsed_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Sampling:
+    """Sampled rows of an iteration, still on the device."""
+
+    placed: list[PlacedSegment]
+    token_ids: Tensor
+    finite: Tensor
+    logits: Tensor
+    positions: list[int]
+
+
+class StepHandle:
+    """An iteration in flight."""
+
+    def __init__(self, collect: Callable[[], RunResult]) -> None:
+        self._collect = collect
+        self._result: RunResult | None = None
+
+    def result(self) -> RunResult:
+        """Wait for the device and return the iteration's results (the same object every time)."""
+        if self._result is None:
+            self._result = self._collect()
+        return self._result
+
+
+class Runner:
+    """Owns what is on the device between iterations: sequences' newest tokens, packs in training, the cache."""
+
+    def __init__(
+        self, decoder: Decoder, cache: KvCache, table: LoraTable, *, max_num_seqs: int, window_tokens: int
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._table = table
+        self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
+        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=decoder.device)
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._sequences: dict[str, GeneratedSequence] = {}
+        self._packs: dict[str, Pack] = {}
+        self._placements: dict[str, PackPlacement] = {}
+
+    # ------------------------------------------------------------ residents
+
+    def add_sequence(self, sequence: GeneratedSequence) -> None:
+        """Know a sequence from now on; it gets its device row with its first sampled token."""
+        self._sequences[sequence.request_id] = sequence
+
+    def remove_sequence(self, request_id: str) -> GeneratedSequence | None:
+        """Forget a sequence (finished, failed or aborted)."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None and sequence.last_token_row is not None:
+            self._free_rows.append(sequence.last_token_row)
+            sequence.last_token_row = None
+        return sequence
+
+    def sequence(self, request_id: str) -> GeneratedSequence | None:
+        """The sequence of this id, if known."""
+        return self._sequences.get(request_id)
+
+    def add_pack(self, pack: Pack) -> None:
+        """Know a pack from now on."""
+        self._packs[pack.pack_id] = pack
+
+    def remove_pack(self, pack_id: str) -> None:
+        """Forget a pack and free what it keeps."""
+        self._packs.pop(pack_id, None)
+        self._placements.pop(pack_id, None)
+        self._backward.forget_packs()
+
+    def scrub(self, pack_id: str) -> None:
+        """Zero the cached keys and values of a failed pack, so that no stale NaN outlives it."""
+        placement = self._placements.get(pack_id)
+        if placement is not None:
+            self._scrub_blocks(placement.block_table)
+
+    # ------------------------------------------------------------ one iteration
+
+    @torch.no_grad()
+    def submit(self, plan: StepPlan, jobs: Mapping[str, FinetuneJob]) -> StepHandle:
+        """Issue one iteration. The plan's adapter loads and evictions have been carried out already."""
+        started = time.perf_counter()
+        for pack_id in plan.memory.dropped_packs:
+            if pack_id in self._packs:
+                self._packs[pack_id].drop_activations()
+                self._backward.forget_packs()
+        sampling = self._forward(plan) if plan.forward else None
+        for item in plan.backward:
+            self._run_backward(item, jobs)
+        event = None
+        if self._decoder.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+
+        def collect() -> RunResult:
+            if event is not None:
+                event.synchronize()
+            result = RunResult()
+            if sampling is not None:
+                self._collect_samples(sampling, result)
+            for job_id in plan.optimizer_steps:
+                if job_id in jobs:
+                    result.steps[job_id] = _finish_step(jobs[job_id])
+            result.elapsed_s = time.perf_counter() - started
+            return result
+
+        return StepHandle(collect)
+
+    def reads_uncollected_tokens(self, plan: StepPlan) -> bool:
+        """True if sampling this plan needs output tokens on the host that an iteration in flight still holds."""
+        return any(
+            segment.samples
+            and (sequence := self._sequences.get(segment.sequence_id))
+            and sequence.needs_history
+            for segment in plan.forward
+        )
+
+    # ------------------------------------------------------------ forward
+
+    def _forward(self, plan: StepPlan) -> _Sampling | None:
+        batch = build_batch(
+            plan.forward,
+            self._sequences,
+            self._packs,
+            block_size=self._cache.block_size,
+            device=self._decoder.device,
+        )
+        decode = [self._sequences[p.segment.sequence_id] for p in batch.segments[: batch.num_decode]]
+        if decode:
+            rows = torch.tensor([self._row(s) for s in decode], device=self._decoder.device)
+            batch.token_ids[: len(decode)] = self._last_tokens[rows]
+        hidden = self._run_layers(batch)
+        self._run_loss_heads(batch, hidden)
+        self._collect_prompt_logprobs(batch, hidden)
+        return self._sample(batch, hidden)
+
+    def _run_layers(self, batch: FlatBatch) -> Tensor:
+        trained = batch.of_kind(SegmentKind.TRAIN)
+        for placed in trained:
+            self._place_pack(placed)
+        hidden = self._decoder.embed(batch.token_ids)
+        rotation = self._decoder.rotation(batch.tokens)
+        for layer in range(self._decoder.config.num_layers):
+            for placed in trained:
+                self._keep_layer_input(layer, placed, hidden)
+            hidden = self._decoder.forward_layer(
+                layer, hidden, batch.tokens, self._cache, self._table, rotation
+            )
+        return hidden
+
+    def _place_pack(self, placed: PlacedSegment) -> None:
+        segment, config = placed.segment, self._decoder.config
+        pack = self._packs[segment.sequence_id]
+        pack.allocate(config.num_layers, config.hidden_size, self._decoder.dtype)
+        if segment.adapter_slot is None:
+            raise ValueError(f"finetuning segment of pack {pack.pack_id} has no adapter slot")
+        known = self._placements.get(pack.pack_id)
+        if known is None or len(known.block_table) != len(segment.block_ids) or segment.start == 0:
+            table = torch.tensor(segment.block_ids, dtype=torch.int64, device=self._decoder.device)
+            self._placements[pack.pack_id] = PackPlacement(pack, segment.adapter_slot, table)
+
+    def _keep_layer_input(self, layer: int, placed: PlacedSegment, hidden: Tensor) -> None:
+        segment = placed.segment
+        stored = self._packs[segment.sequence_id].layer_inputs
+        if stored is not None:
+            stored[layer, segment.start : segment.start + segment.num_tokens] = hidden[placed.rows]
+
+    def _run_loss_heads(self, batch: FlatBatch, hidden: Tensor) -> None:
+        weights, eps = self._decoder.weights, self._decoder.config.rms_norm_eps
+        for placed in batch.of_kind(SegmentKind.TRAIN):
+            segment = placed.segment
+            pack = self._packs[segment.sequence_id]
+            if not segment.with_loss or pack.d_hidden is None or pack.losses is None or pack.correct is None:
+                continue
+            window = slice(segment.start, segment.start + segment.num_tokens)
+            head = loss_head(hidden[placed.rows], pack.labels[window], weights.norm, weights.lm_head, eps=eps)
+            pack.losses[window], pack.correct[window] = head.loss, head.correct
+            pack.d_hidden[window] = head.d_hidden
+
+    def _collect_prompt_logprobs(self, batch: FlatBatch, hidden: Tensor) -> None:
+        for placed in batch.of_kind(SegmentKind.PREFILL):
+            segment = placed.segment
+            sequence = self._sequences[segment.sequence_id]
+            count = sequence.params.prompt_logprobs
+            if count is None:
+                continue
+            if not sequence.prompt_logprobs:
+                sequence.prompt_logprobs.append(None)
+            first = max(segment.start, len(sequence.prompt_logprobs) - 1)
+            end = min(segment.start + segment.num_tokens, len(sequence.prompt) - 1)
+            for start in range(first, end, _PROMPT_LOGPROB_ROWS):
+                stop = min(start + _PROMPT_LOGPROB_ROWS, end)
+                offset = placed.row - segment.start
+                logits = self._decoder.logits(hidden[offset + start : offset + stop])
+                targets = torch.tensor(sequence.prompt[start + 1 : stop + 1], device=hidden.device)
+                sequence.prompt_logprobs += top_logprobs(logits, targets, [count] * (stop - start))
+
+    # ------------------------------------------------------------ sampling
+
+    def _sample(self, batch: FlatBatch, hidden: Tensor) -> _Sampling | None:
+        placed = [p for p in batch.segments if p.segment.samples]
+        if not placed:
+            return None
+        rows = torch.tensor([p.rows.stop - 1 for p in placed], device=hidden.device)
+        logits = self._decoder.logits(hidden.index_select(0, rows))
+        positions = [p.segment.start + p.segment.num_tokens for p in placed]
+        sequences = [self._sequences[p.segment.sequence_id] for p in placed]
+        sampled = sample(
+            logits,
+            [
+                SamplingRow(s.params, s.choice_idx, position, s.prompt, s.output)
+                for s, position in zip(sequences, positions, strict=True)
+            ],
+        )
+        device_rows = torch.tensor([self._row(s) for s in sequences], device=hidden.device)
+        self._last_tokens[device_rows] = sampled.token_ids
+        return _Sampling(placed, sampled.token_ids, sampled.finite, logits, positions)
+
+    def _row(self, sequence: GeneratedSequence) -> int:
+        """The sequence's place in the buffer of newest tokens, assigned at first use."""
+        if sequence.last_token_row is None:
+            sequence.last_token_row = self._free_rows.pop()
+        return sequence.last_token_row
+
+    def _collect_samples(self, sampling: _Sampling, result: RunResult) -> None:
+        token_ids, finite = sampling.token_ids.tolist(), sampling.finite.tolist()
+        wanted: list[tuple[int, str, int]] = []
+        for i, placed in enumerate(sampling.placed):
+            request_id = placed.segment.sequence_id
+            sequence = self._sequences.get(request_id)
+            if sequence is None:
+                continue
+            if not finite[i]:
+                self._scrub_blocks(torch.tensor(placed.segment.block_ids, device=self._decoder.device))
+                result.failed[request_id] = "the model produced NaN or infinite logits"
+                continue
+            result.sampled[request_id] = token_ids[i]
+            if sequence.params.logprobs is not None:
+                wanted.append((i, request_id, sequence.params.logprobs))
+        if wanted:
+            rows = torch.tensor([i for i, _, _ in wanted], device=sampling.logits.device)
+            entries = top_logprobs(
+                sampling.logits[rows], sampling.token_ids[rows], [count for _, _, count in wanted]
+            )
+            result.logprobs = {request_id: e for (_, request_id, _), e in zip(wanted, entries, strict=True)}
+
+    def _scrub_blocks(self, block_ids: Tensor) -> None:
+        for layer in range(self._decoder.config.num_layers):
+            self._cache.keys[layer][block_ids] = 0
+            self._cache.values[layer][block_ids] = 0
+
+    # ------------------------------------------------------------ backward
+
+    def _run_backward(self, item: BackwardSlice, jobs: Mapping[str, FinetuneJob]) -> None:
+        placements: Sequence[PackPlacement] = [
+            self._placements[pack_id] for pack_id in item.pack_ids if pack_id in self._placements
+        ]
+        if not placements:
+            return
+        grads = {
+            p.adapter_slot: jobs[p.pack.job_id].optimizer.grad for p in placements if p.pack.job_id in jobs
+        }
+        self._backward.run_slice(item.wave_id, placements, item.layer, item.window, grads)
+
+
+def _finish_step(job: FinetuneJob) -> StepReport | JobError:
+    try:
+        return job.finish_step()
+    except JobError as error:
+        return error

@@ -1,0 +1,144 @@
+"""Sampling on the device from counter-based random numbers.
+
+Every draw is a function of (request seed, choice index, token position) and of that row's logits alone, so a
+request's text never depends on its neighbours in the batch and is redrawn identically after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft_server.protocol import SamplingParams, TokenLogprob
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """One row to sample: its parameters, its place in its sequence, and the tokens that penalties look at."""
+
+    params: SamplingParams
+    choice_idx: int
+    position: int
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Result for `S` rows, on the device: `token_ids` `[S]` int64, and `finite` `[S]` bool (the row's logits were)."""
+
+    token_ids: Tensor
+    finite: Tensor
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    """Draw one token per row of `[S, vocab]` logits (not modified)."""
+    scores = logits.float()
+    finite = torch.isfinite(scores.amax(dim=-1))
+    if any(_needs_processing(row) for row in rows):
+        scores = _process(scores.clone() if scores is logits else scores, rows)
+    greedy = scores.argmax(dim=-1)
+    if all(row.params.temperature == 0 for row in rows):
+        return Sampled(greedy, finite)
+    drawn = _draw(scores, rows)
+    is_greedy = torch.tensor([row.params.temperature == 0 for row in rows], device=logits.device)
+    return Sampled(torch.where(is_greedy, greedy, drawn), finite)
+
+
+def uniform(seed: int, choice_idx: int, position: int) -> float:
+    """A number in [0, 1) from a 64-bit mix (splitmix64, Steele et al. 2014) of the three counters."""
+    state = seed & _MASK64
+    for word in (choice_idx, position):
+        state = _splitmix64(state ^ _splitmix64(word & _MASK64))
+    return (state >> 11) * 2.0**-53
+
+
+def top_logprobs(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probabilities of `token_ids` `[S]` and of the `counts[i]` most likely tokens, from unprocessed logits."""
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    chosen = log_probs.gather(1, token_ids.unsqueeze(1)).squeeze(1).tolist()
+    k = min(max(counts), logits.shape[-1])
+    values, ids = (
+        (x.tolist() for x in log_probs.topk(k, dim=-1)) if k else ([[]] * len(counts), [[]] * len(counts))
+    )
+    return [
+        TokenLogprob(int(token), logprob, tuple(zip(ids[i][:count], values[i][:count], strict=True)))
+        for i, (token, logprob, count) in enumerate(zip(token_ids.tolist(), chosen, counts, strict=True))
+    ]
+
+
+def _splitmix64(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _needs_processing(row: SamplingRow) -> bool:
+    p = row.params
+    return bool(
+        p.presence_penalty
+        or p.frequency_penalty
+        or p.repetition_penalty != 1.0
+        or p.logit_bias
+        or len(row.output_ids) < p.min_tokens
+    )
+
+
+def _process(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Penalties (with vLLM's and OpenAI's definitions), bias and minimum length, in place, row by row."""
+    vocab_size, device = scores.shape[-1], scores.device
+    for row, score in zip(rows, scores, strict=True):
+        params = row.params
+        if params.repetition_penalty != 1.0:
+            seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), dtype=torch.int64, device=device)
+            value = score[seen]
+            factor = params.repetition_penalty
+            score[seen] = torch.where(value > 0, value / factor, value * factor)
+        if row.output_ids and (params.presence_penalty or params.frequency_penalty):
+            output = torch.tensor(row.output_ids, dtype=torch.int64, device=device)
+            counts = torch.bincount(output, minlength=vocab_size)
+            score -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
+            score[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
+        if len(row.output_ids) < params.min_tokens and params.stop_token_ids:
+            score[torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)] = -torch.inf
+    return scores
+
+
+def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Inverse-CDF sampling in token-id order, so that filters of other rows cannot change a row's mapping."""
+    device = scores.device
+    temperature = torch.tensor([row.params.temperature or 1.0 for row in rows], device=device)
+    scores = scores / temperature.unsqueeze(1)
+    if any(row.params.min_p > 0 for row in rows):
+        min_p = torch.tensor([row.params.min_p for row in rows], device=device).unsqueeze(1)
+        floor = scores.amax(dim=-1, keepdim=True) + torch.log(min_p)  # log 0 = -inf keeps all
+        scores = scores.masked_fill(scores < floor, -torch.inf)
+    if any(row.params.top_k is not None or row.params.top_p < 1 for row in rows):
+        scores = _filter_top(scores, rows)
+    cumulative = torch.softmax(scores, dim=-1).double().cumsum(dim=-1)
+    draws = [uniform(row.params.seed, row.choice_idx, row.position) for row in rows]
+    target = torch.tensor(draws, dtype=torch.float64, device=device).unsqueeze(1) * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return drawn.clamp_(max=scores.shape[-1] - 1)
+
+
+def _filter_top(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Keep the `top_k` most likely tokens, then the smallest set of them whose probability reaches `top_p`."""
+    vocab_size, device = scores.shape[-1], scores.device
+    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
+    top_k = torch.tensor([min(row.params.top_k or vocab_size, vocab_size) for row in rows], device=device)
+    ranks = torch.arange(vocab_size, device=device).unsqueeze(0)
+    ordered = ordered.masked_fill(ranks >= top_k.unsqueeze(1), -torch.inf)
+    probabilities = torch.softmax(ordered, dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    top_p = torch.tensor([row.params.top_p for row in rows], device=device).unsqueeze(1)
+    ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), -torch.inf)
+    return torch.empty_like(scores).scatter_(1, order, ordered)

@@ -1,0 +1,43 @@
+"""One choice being generated, as the engine keeps it: tokens and sampling state. Scheduling state is the scheduler's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from weft_server.protocol import SamplingParams, TokenLogprob
+
+
+@dataclass(slots=True)
+class Sequence:
+    """Tokens of one request choice.
+
+    `prompt` and `output` are what is known on the host; `num_resumed` output tokens were sent before an engine
+    restart. `last_token_row` is its place in the device's buffer of newest tokens.
+    """
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    choice_idx: int
+    last_token_row: int | None = None
+    output: list[int] = field(default_factory=list)
+    num_resumed: int = 0
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    @property
+    def needs_history(self) -> bool:
+        """True when sampling looks at the output so far, which must then be on the host."""
+        params = self.params
+        return bool(
+            params.presence_penalty
+            or params.frequency_penalty
+            or params.repetition_penalty != 1.0
+            or params.min_tokens
+        )
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens `[start, end)` of prompt and output together."""
+        num_prompt = len(self.prompt)
+        if end <= num_prompt:
+            return self.prompt[start:end]
+        return self.prompt[start:] + self.output[max(0, start - num_prompt) : end - num_prompt]

@@ -1,0 +1,431 @@
+"""Use case: generate text. From a prompt or conversation to the engine's choices and back to text.
+
+Owns tokenization of prompts, the context limit, seeds, default lengths and the accounting of a request. Knows
+no wire format: the API hands it values and formats what it yields.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
+
+from weft_server.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable, WeftError
+from weft_server.metrics import Metrics
+from weft_server.protocol import ChoiceDelta, EngineReady, FinishReason, Generate
+from weft_server.service.choice import ChoiceOutput, ChoiceText, Echo, ScoredToken
+from weft_server.service.detokenizer import new_detokenizer
+from weft_server.service.engine_port import EnginePort
+from weft_server.service.merge import merge
+from weft_server.service.models import ModelService
+from weft_server.service.sampling import GenerationDefaults, SamplingRequest, merge_sampling
+from weft_server.service.tokenizer import Tokenizer
+
+T = TypeVar("T")
+PromptInput: TypeAlias = str | Sequence[int]
+
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_CHOICES = 2048
+MAX_OPEN_CHOICES = 8192
+
+_THREAD_THRESHOLD_CHARS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChoice:
+    """One choice as it will be sent. `hides_answer`: only the prompt is wanted (its echo, its logprobs)."""
+
+    idx: int
+    message: Generate
+    stop: tuple[str, ...]
+    echo: Echo | None
+    hides_answer: bool
+    needs_engine: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A validated request: its choices (index = prompt index · n + choice) and the tokens of its prompts."""
+
+    id: str
+    tenant: str
+    model: str
+    choices: list[PlannedChoice]
+    prompt_tokens: list[int]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once however many choices it has."""
+        return sum(self.prompt_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedChoice:
+    """A whole choice."""
+
+    idx: int
+    text: str
+    tokens: list[ScoredToken]
+    num_tokens: int
+    finish_reason: FinishReason
+
+
+class GenerationService:
+    """Plans and runs generations."""
+
+    def __init__(
+        self,
+        engine: EnginePort,
+        tokenizer: Tokenizer,
+        models: ModelService,
+        defaults: GenerationDefaults,
+        metrics: Metrics,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+        max_open_choices: int = MAX_OPEN_CHOICES,
+    ) -> None:
+        """
+        Args:
+            defaults: sampling of what a request leaves open.
+            clock: seconds, for latency metrics.
+            draw_seed: the seed of a prompt whose request has none.
+            max_open_choices: per tenant; beyond it, new requests are refused with 429.
+        """
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._models = models
+        self._defaults = defaults
+        self._metrics = metrics
+        self._clock = clock
+        self._draw_seed = draw_seed
+        self._max_open_choices = max_open_choices
+        self._num_open: Counter[str] = Counter()
+
+    async def plan_completion(
+        self,
+        tenant: str,
+        model: str,
+        prompts: Sequence[PromptInput],
+        sampling: SamplingRequest,
+        *,
+        num_choices: int = 1,
+        echo: bool = False,
+    ) -> Generation:
+        """Validate a completion request and encode its prompts.
+
+        Args:
+            prompts: texts (encoded with the tokenizer's special tokens) or token ids (used as they are).
+            num_choices: choices per prompt.
+            echo: repeat the prompt in front of each choice; with it, `max_tokens` may be 0.
+
+        Raises:
+            NotFound: the model.
+            InvalidRequest: an empty prompt, ids outside the vocabulary, too many choices.
+            ContextLengthExceeded: a prompt plus its new tokens does not fit.
+            Unavailable: the engine has not been ready yet, or the store is away.
+        """
+        info = self._engine_info()
+        _check_num_choices(len(prompts), num_choices)
+        resolved = await self._models.resolve(tenant, model)
+        generation_id = f"cmpl-{secrets.token_hex(16)}"
+        choices: list[PlannedChoice] = []
+        prompt_tokens: list[int] = []
+        asked = DEFAULT_COMPLETION_TOKENS if sampling.max_tokens is None else sampling.max_tokens
+        if asked == 0 and not echo:
+            raise InvalidRequest(
+                "'max_tokens' is 0: nothing would be generated. Give at least 1, or `echo: true`.",
+                param="max_tokens",
+                code="invalid_value",
+            )
+        for prompt_idx, prompt in enumerate(prompts):
+            encoded = await self._encode(prompt, info.vocab_size)
+            max_tokens = max(1, asked)
+            _check_context(len(encoded.ids), max_tokens, info.max_model_len, "prompt")
+            params = merge_sampling(
+                sampling,
+                self._defaults,
+                self._tokenizer,
+                max_tokens=max_tokens,
+                vocab_size=info.vocab_size,
+                seed=self._seed(sampling),
+                prompt_logprobs=sampling.logprobs if echo else None,
+            )
+            message = Generate("", tenant, encoded.ids, params, adapter=resolved.adapter)
+            prompt_tokens.append(len(encoded.ids))
+            for choice_idx in range(num_choices):
+                idx = prompt_idx * num_choices + choice_idx
+                choices.append(
+                    PlannedChoice(
+                        idx=idx,
+                        message=replace(message, request_id=f"{generation_id}-{idx}", choice_idx=choice_idx),
+                        stop=sampling.stop,
+                        echo=encoded if echo else None,
+                        hides_answer=asked == 0,
+                        needs_engine=asked > 0 or sampling.logprobs is not None,
+                    )
+                )
+        return Generation(generation_id, tenant, model, choices, prompt_tokens)
+
+    async def plan_chat(
+        self,
+        tenant: str,
+        model: str,
+        messages: Sequence[Mapping[str, Any]],
+        sampling: SamplingRequest,
+        *,
+        num_choices: int = 1,
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> Generation:
+        """Validate a chat request, render and encode its messages.
+
+        Without `max_tokens` an answer may use the model's `max_new_tokens`, or else the rest of the context.
+
+        Raises:
+            As `plan_completion`; InvalidRequest also for a model without chat template, or one that refuses.
+        """
+        info = self._engine_info()
+        _check_num_choices(1, num_choices)
+        resolved = await self._models.resolve(tenant, model)
+        variables = dict(template_variables or {})
+        num_chars = sum(len(str(message.get("content"))) for message in messages)
+        ids = await _in_thread_if(
+            num_chars > _THREAD_THRESHOLD_CHARS,
+            lambda: self._tokenizer.encode_chat(messages, add_generation_prompt=True, **variables),
+        )
+        if not ids:
+            raise InvalidRequest(
+                "The messages render to an empty prompt.", param="messages", code="empty_prompt"
+            )
+        room = info.max_model_len - len(ids)
+        if sampling.max_tokens is None:
+            max_tokens = max(1, min(room, self._defaults.max_new_tokens or room))
+        else:
+            max_tokens = sampling.max_tokens
+        _check_context(len(ids), max_tokens, info.max_model_len, "messages")
+        params = merge_sampling(
+            sampling,
+            self._defaults,
+            self._tokenizer,
+            max_tokens=max_tokens,
+            vocab_size=info.vocab_size,
+            seed=self._seed(sampling),
+            prompt_logprobs=None,
+        )
+        generation_id = f"chatcmpl-{secrets.token_hex(16)}"
+        choices = [
+            PlannedChoice(
+                idx=idx,
+                message=Generate(f"{generation_id}-{idx}", tenant, ids, params, idx, resolved.adapter),
+                stop=sampling.stop,
+                echo=None,
+                hides_answer=False,
+                needs_engine=True,
+            )
+            for idx in range(num_choices)
+        ]
+        return Generation(generation_id, tenant, model, choices, [len(ids)])
+
+    async def stream(self, generation: Generation) -> AsyncGenerator[ChoiceOutput, None]:
+        """Yield news of all choices as it comes; each choice's last output has a `finish_reason`.
+
+        Closing the generator aborts what is unfinished. One failing choice fails the request.
+
+        Raises:
+            Overloaded: the tenant has too many choices open.
+            WeftError: what the engine reports.
+        """
+        with self._open(generation.tenant, len(generation.choices)):
+            for num_tokens in generation.prompt_tokens:
+                self._metrics.prompt_accepted(generation.tenant, num_tokens)
+            async with aclosing(merge([self._run(choice) for choice in generation.choices])) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def collect(self, generation: Generation) -> list[FinishedChoice]:
+        """Run to the end; the choices in order of their index. Raises as `stream`; cancelling it aborts."""
+        texts: dict[int, list[str]] = {choice.idx: [] for choice in generation.choices}
+        tokens: dict[int, list[ScoredToken]] = {choice.idx: [] for choice in generation.choices}
+        num_tokens: Counter[int] = Counter()
+        reasons: dict[int, FinishReason] = {}
+        async with aclosing(self.stream(generation)) as outputs:
+            async for output in outputs:
+                texts[output.idx].append(output.text)
+                tokens[output.idx].extend(output.tokens)
+                num_tokens[output.idx] += output.num_tokens
+                if output.finish_reason is not None:
+                    reasons[output.idx] = output.finish_reason
+        return [
+            FinishedChoice(idx, "".join(texts[idx]), tokens[idx], num_tokens[idx], reasons[idx])
+            for idx in sorted(texts)
+        ]
+
+    async def _run(self, choice: PlannedChoice) -> AsyncGenerator[ChoiceOutput, None]:
+        """One choice, from the engine's deltas to text, with its metrics."""
+        tenant, sampling = choice.message.tenant, choice.message.sampling
+        text = ChoiceText(
+            self._tokenizer,
+            choice.message.prompt,
+            idx=choice.idx,
+            stop=choice.stop,
+            min_tokens=sampling.min_tokens,
+            wants_logprobs=sampling.logprobs is not None,
+            echo=choice.echo,
+        )
+        if not choice.needs_engine:
+            yield text.add(ChoiceDelta(choice.message.request_id, [], finish_reason="length"))
+            return
+        timer = _ChoiceTimer(self._metrics, tenant, self._clock)
+        try:
+            async with aclosing(self._engine.generate(choice.message)) as deltas:
+                async for delta in deltas:
+                    if choice.hides_answer:
+                        delta = replace(delta, token_ids=[], logprobs=None, finish_reason="length")
+                    output = text.add(delta)
+                    timer.tokens(output.num_tokens)
+                    if output.finish_reason is not None:
+                        timer.finished(output.finish_reason)
+                    yield output
+                    if output.finish_reason is not None:
+                        return
+            raise Unavailable("The engine ended this generation without finishing it.", retry_after_s=1.0)
+        except WeftError as error:
+            timer.failed(error.code or error.type)
+            raise
+        finally:
+            timer.aborted_unless_ended()
+
+    async def _encode(self, prompt: PromptInput, vocab_size: int) -> Echo:
+        if isinstance(prompt, str):
+            ids, starts = await _in_thread_if(
+                len(prompt) > _THREAD_THRESHOLD_CHARS, lambda: self._tokenizer.encode_with_offsets(prompt)
+            )
+            encoded = Echo(prompt, ids, starts)
+        else:
+            ids = list(prompt)
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise InvalidRequest(
+                        f"'prompt' has the token id {token_id}; this model's ids are 0 to {vocab_size - 1}.",
+                        param="prompt",
+                        code="invalid_value",
+                    )
+            encoded = self._decode_prompt(ids)
+        if not encoded.ids:
+            raise InvalidRequest("The prompt is empty.", param="prompt", code="empty_prompt")
+        return encoded
+
+    def _decode_prompt(self, ids: list[int]) -> Echo:
+        detokenizer = new_detokenizer(self._tokenizer)
+        parts: list[str] = []
+        starts: list[int] = []
+        num_chars = 0
+        for token_id in ids:
+            starts.append(num_chars)
+            parts.append(detokenizer.push(token_id))
+            num_chars += len(parts[-1])
+        parts.append(detokenizer.flush())
+        return Echo("".join(parts), ids, starts)
+
+    def _seed(self, sampling: SamplingRequest) -> int:
+        """The request's seed, or one for each prompt, so that equal prompts of a request may differ."""
+        return self._draw_seed() if sampling.seed is None else sampling.seed % 2**63
+
+    def _engine_info(self) -> EngineReady:
+        if self._engine.info is None:
+            raise Unavailable(
+                "The engine is still loading the model.", code="engine_not_ready", retry_after_s=2.0
+            )
+        return self._engine.info
+
+    @contextmanager
+    def _open(self, tenant: str, num_choices: int) -> Iterator[None]:
+        if self._num_open[tenant] + num_choices > self._max_open_choices:
+            raise Overloaded(
+                f"{self._num_open[tenant]} generations are in progress and {num_choices} more would exceed "
+                f"the limit of {self._max_open_choices}. Try again when some have finished.",
+                code="too_many_requests",
+                retry_after_s=1.0,
+            )
+        self._num_open[tenant] += num_choices
+        try:
+            yield
+        finally:
+            self._num_open[tenant] -= num_choices
+            if not self._num_open[tenant]:
+                del self._num_open[tenant]
+
+
+class _ChoiceTimer:
+    """Latencies and outcome of one choice, reported once."""
+
+    def __init__(self, metrics: Metrics, tenant: str, clock: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._tenant = tenant
+        self._clock = clock
+        self._start = clock()
+        self._first: float | None = None
+        self._last = self._start
+        self._num_tokens = 0
+        self._ended = False
+
+    def tokens(self, num_tokens: int) -> None:
+        if not num_tokens:
+            return
+        now = self._clock()
+        interval_s: float | None = now - self._last
+        if self._first is None:
+            self._first = now
+            interval_s = None
+            self._metrics.first_token(now - self._start)
+        self._metrics.tokens_generated(self._tenant, num_tokens, interval_s)
+        self._last = now
+        self._num_tokens += num_tokens
+
+    def finished(self, reason: str) -> None:
+        self._ended = True
+        first_s = None if self._first is None else self._first - self._start
+        self._metrics.choice_finished(
+            self._tenant, reason, self._num_tokens, first_s, self._clock() - self._start
+        )
+
+    def failed(self, code: str) -> None:
+        self._ended = True
+        self._metrics.choice_failed(self._tenant, code)
+
+    def aborted_unless_ended(self) -> None:
+        if not self._ended:
+            self.finished("abort")
+
+
+def _check_num_choices(num_prompts: int, num_choices: int) -> None:
+    if num_prompts == 0:
+        raise InvalidRequest("'prompt' is an empty list.", param="prompt", code="empty_prompt")
+    if num_prompts * num_choices > MAX_CHOICES:
+        raise InvalidRequest(
+            f"{num_prompts} prompts with {num_choices} choices each are more than {MAX_CHOICES} choices; "
+            "send several requests.",
+            param="n" if num_prompts == 1 else "prompt",
+            code="too_many_choices",
+        )
+
+
+def _check_context(num_prompt: int, max_tokens: int, max_model_len: int, param: str) -> None:
+    if num_prompt + max_tokens <= max_model_len:
+        return
+    raise ContextLengthExceeded(
+        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
+        f"{num_prompt + max_tokens} tokens ({num_prompt} in the {param}, {max_tokens} in the completion). "
+        f"Reduce the length of the {param} or of the completion.",
+        param=param,
+    )
+
+
+async def _in_thread_if(is_long: bool, work: Callable[[], T]) -> T:
+    """Long texts take milliseconds to encode, in code that releases the interpreter lock."""
+    return await asyncio.to_thread(work) if is_long else work()

@@ -1,0 +1,1 @@
+"""Durable state: versioned records, event streams, counters and content-addressed blobs."""

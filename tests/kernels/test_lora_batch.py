@@ -1,0 +1,85 @@
+"""Sorting rows by adapter: every row once, tiles of one adapter each, and contiguous runs recognised."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft_kernels.lora import LoraBatch
+
+
+@st.composite
+def disjoint_runs(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    runs, row = [], 0
+    for _ in range(draw(st.integers(1, 8))):
+        row += draw(st.integers(0, 3))
+        length = draw(st.integers(0, 70))
+        runs.append((draw(st.integers(0, 3)), row, length))
+        row += length
+    return draw(st.permutations(runs))
+
+
+@given(disjoint_runs())
+def test_every_row_of_a_slot_appears_once_in_the_order_of_its_runs(runs: list[tuple[int, int, int]]) -> None:
+    batch = LoraBatch.build(runs, "cpu")
+    expected = {slot: [] for slot, _, _ in runs}
+    for slot, start, length in runs:
+        expected[slot] += range(start, start + length)
+    expected = {slot: rows for slot, rows in expected.items() if rows}
+    if not expected:
+        assert batch is None
+        return
+    assert batch is not None
+    found = {slot: batch.token_idx[start:end].tolist() for slot, start, end in batch.segments}
+    assert found == expected
+    assert list(found) == sorted(found)
+    every_row = torch.arange(batch.max_row + 1)
+    for (slot, _, _), rows in zip(batch.segments, batch.rows, strict=True):
+        assert every_row[rows].tolist() == expected[slot]
+
+
+@given(disjoint_runs())
+def test_tiles_partition_the_segments(runs: list[tuple[int, int, int]]) -> None:
+    batch = LoraBatch.build(runs, "cpu")
+    if batch is None:
+        return
+    tiles, segments = batch.tables
+    assert [(slot, start, end - start) for slot, start, end in batch.segments] == [
+        tuple(row) for row in segments.tolist()
+    ]
+    covered = {slot: [] for slot, _, _ in batch.segments}
+    for slot, start, length in tiles.tolist():
+        assert 0 < length <= batch.tile_rows
+        covered[slot] += range(start, start + length)
+    assert covered == {slot: list(range(start, end)) for slot, start, end in batch.segments}
+
+
+def test_a_contiguous_slot_is_a_slice() -> None:
+    batch = LoraBatch.build([(1, 4, 2), (1, 6, 3), (0, 0, 1), (0, 2, 1)], "cpu")
+    assert batch is not None
+    assert isinstance(batch.rows[0], torch.Tensor)
+    assert batch.rows[1] == slice(4, 9)
+
+
+def test_a_batch_without_rows_is_none() -> None:
+    assert LoraBatch.build([], "cpu") is None
+    assert LoraBatch.build([(0, 3, 0)], "cpu") is None
+
+
+def test_a_row_in_two_runs_is_refused() -> None:
+    with pytest.raises(ValueError, match="row 4 belongs to two runs"):
+        LoraBatch.build([(0, 0, 5), (1, 4, 2)], "cpu")
+
+
+@pytest.mark.parametrize("run", [(-1, 0, 1), (0, -1, 1), (0, 0, -1)])
+def test_negative_values_are_refused(run: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="negative"):
+        LoraBatch.build([run], "cpu")
+
+
+def test_addresses_of_gradients_follow_the_gradients() -> None:
+    batch = LoraBatch.build([(0, 0, 1), (1, 1, 1)], "cpu")
+    assert batch is not None
+    first, second = torch.zeros(4), torch.zeros(4)
+    assert batch.grad_pointers({1: first}).tolist() == [0, first.data_ptr()]
+    assert batch.grad_pointers({1: second}).tolist() == [0, second.data_ptr()]

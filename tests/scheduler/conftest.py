@@ -1,0 +1,395 @@
+"""A simulated engine that carries out plans and watches, from outside, that they are sound.
+
+It keeps what a device would keep: which (sequence, position) is in every cell of the KV cache, which adapter lies in
+every extent and slot, which windows and slices of every pack have run. It shares no code with the scheduler.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from weft_scheduler import (
+    CostModel,
+    LatencyTargets,
+    Limits,
+    PackDone,
+    PackForwarded,
+    PackSpec,
+    RequestSpec,
+    Scheduler,
+    SegmentKind,
+    SequenceToken,
+    StepDone,
+    StepPlan,
+    StepResult,
+)
+
+STOP = 7
+OTHER = 1
+
+
+@dataclass
+class Request:
+    """What was asked and what has come back."""
+
+    spec: RequestSpec
+    arrival_s: float
+    stop_after: int | None
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+
+@dataclass
+class PackRecord:
+    """Windows and slices of one pack, in the order in which they ran."""
+
+    spec: PackSpec
+    num_windows: int
+    forwarded: list[int] = field(default_factory=list)
+    has_loss: bool = False
+    slices: list[tuple[int, int]] = field(default_factory=list)
+    is_done: bool = False
+    num_drops: int = 0
+
+
+@dataclass
+class Flight:
+    """A plan under way, and who reads which blocks and slots."""
+
+    plan: StepPlan
+    owners: dict[int, str]
+    slots: set[int]
+
+
+class SimulatedEngine:
+    """Runs a scheduler on a simulated clock; `latency` draws the seconds that a fetch or load takes."""
+
+    def __init__(self, limits: Limits, seed: int, targets: LatencyTargets, **options: Any) -> None:
+        self.limits = limits
+        self.random = random.Random(seed)
+        self.latency: Callable[[], float] = options.pop("latency", lambda: 0.0)
+        self.adapter_elements: dict[str, int] = {}
+        self.scheduler = Scheduler(limits, CostModel(), targets, **options)
+        self.now = 0.0
+        self.flights: deque[Flight] = deque()
+        self.requests: dict[str, Request] = {}
+        self.packs: dict[str, PackRecord] = {}
+        self.open_packs: dict[str, set[str]] = {}
+        self.steps_done: dict[str, int] = {}
+        self.steps_asked: dict[str, int] = {}
+        self.cells: dict[int, tuple[str, int]] = {}
+        self.slots: dict[int, str] = {}
+        self.extents: dict[str, tuple[int, int]] = {}
+        self.pending: list[tuple[float, str, str]] = []
+        self.fetching: set[str] = set()
+        self.failing: set[str] = set()
+        self.aborted: set[str] = set()
+        self.plans: list[StepPlan] = []
+
+    # ------------------------------------------------------------ work
+
+    def request(self, spec: RequestSpec, stop_after: int | None = None) -> None:
+        if spec.adapter is not None:
+            self.adapter_elements.setdefault(spec.adapter, max(spec.adapter_elements, 64))
+        self.scheduler.add_request(spec, self.now)
+        self.requests[spec.sequence_id] = Request(spec, self.now, stop_after)
+
+    def abort(self, sequence_id: str) -> None:
+        request = self.requests[sequence_id]
+        assert self.scheduler.abort(sequence_id) == (request.finish_reason is None)
+        if request.finish_reason is None:
+            self.aborted.add(sequence_id)
+            del self.requests[sequence_id]
+
+    def add_job(self, job_id: str, num_elements: int) -> None:
+        self.adapter_elements[f"job:{job_id}"] = num_elements
+        self.scheduler.add_training_adapter(f"job:{job_id}", num_elements)
+        self.open_packs[job_id] = set()
+        self.steps_done[job_id] = self.steps_asked[job_id] = 0
+
+    def add_step(self, job_id: str, tenant: str, sizes: list[int]) -> None:
+        for idx, num_tokens in enumerate(sizes):
+            pack_id = f"{job_id}/{self.steps_done[job_id]}/{idx}"
+            spec = PackSpec(pack_id, job_id, tenant, num_tokens, f"job:{job_id}", num_tokens)
+            self.scheduler.add_pack(spec, self.now)
+            self.packs[pack_id] = PackRecord(spec, -(-num_tokens // self.limits.window_tokens))
+            self.open_packs[job_id].add(pack_id)
+        self.scheduler.step_ready(job_id, self.now)
+        self.steps_asked[job_id] = self.steps_done[job_id] + 1
+
+    def job_has_work(self, job_id: str) -> bool:
+        return self.steps_asked[job_id] > self.steps_done[job_id]
+
+    def remove_job(self, job_id: str) -> None:
+        assert self.scheduler.remove_job(job_id)
+        for pack_id in self.open_packs.pop(job_id):
+            del self.packs[pack_id]
+        del self.steps_done[job_id]
+
+    # ------------------------------------------------------------ iterations
+
+    def step(self) -> StepPlan:
+        """Make a plan; commit the oldest one if as many are under way as may be, or nothing else can be done."""
+        self.deliver()
+        if len(self.flights) == self.limits.max_inflight:
+            self.commit()
+        plan = self.make_plan()
+        if plan.is_empty:
+            if self.flights:
+                self.commit()
+            else:
+                self.now = max(self.now + 0.01, min((due for due, _, _ in self.pending), default=0.0))
+        return plan
+
+    def run(self, max_steps: int = 20_000) -> None:
+        """Step until nothing is left."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_work():
+                break
+            self.step()
+            self.scheduler.check_invariants()
+        assert not self.scheduler.has_work(), "work is left"
+        self.deliver()
+
+    def make_plan(self) -> StepPlan:
+        plan = self.scheduler.plan(self.now)
+        self.plans.append(plan)
+        self.carry_out(plan)
+        if plan.is_empty:
+            assert not plan.memory.preempted
+            assert not plan.memory.dropped_packs
+        else:
+            self.flights.append(self.execute(plan))
+        self.check_budget(plan)
+        return plan
+
+    def deliver(self) -> None:
+        """Report fetches and loads that are due."""
+        due = [item for item in self.pending if item[0] <= self.now]
+        self.pending = [item for item in self.pending if item[0] > self.now]
+        for _, what, key in due:
+            if what == "fetch":
+                self.fetching.discard(key)
+                if key in self.failing:
+                    for sequence_id in self.scheduler.adapter_failed(key):
+                        self.aborted.add(sequence_id)
+                        del self.requests[sequence_id]
+                else:
+                    assert self.scheduler.adapter_fetched(key, self.adapter_elements[key]) is None
+            else:
+                self.scheduler.adapter_loaded(key)
+
+    def carry_out(self, plan: StepPlan) -> None:
+        in_use = set().union(*(flight.slots for flight in self.flights)) if self.flights else set()
+        for key, slot in plan.memory.adapter_evictions:
+            assert self.slots[slot] == key
+            assert slot not in in_use, "evicted under a plan in flight"
+            del self.slots[slot]
+            del self.extents[key]
+        for load in plan.memory.adapter_loads:
+            assert load.slot not in self.slots
+            assert 0 <= load.slot < self.limits.num_adapter_slots
+            end = load.offset + load.num_elements
+            assert load.offset % 64 == 0
+            assert 0 <= load.offset < end <= self.limits.arena_elements
+            for start, other_end in self.extents.values():
+                assert end <= start or other_end <= load.offset, "extents overlap"
+            self.slots[load.slot] = load.adapter
+            self.extents[load.adapter] = (load.offset, end)
+            self.pending.append((self.now + self.latency(), "load", load.adapter))
+        for key in plan.memory.adapter_fetches:
+            assert key not in self.fetching or key.startswith("job:")
+            self.fetching.add(key)
+            self.pending.append((self.now + self.latency(), "fetch", key))
+
+    def execute(self, plan: StepPlan) -> Flight:
+        owners: dict[int, str] = {}
+        for pack_id in plan.memory.dropped_packs:
+            if pack_id in self.packs:
+                record = self.packs[pack_id]
+                record.num_drops += 1
+                record.forwarded = []
+                if record.slices:
+                    assert record.slices[-1][1] == 0, "dropped inside a layer"
+        assert len({s.sequence_id for s in plan.forward}) == len(plan.forward)
+        assert plan.num_forward_tokens <= self.limits.max_batch_tokens
+        for segment in plan.forward:
+            self.execute_segment(segment, owners)
+        for part in plan.backward:
+            self.execute_slice(part)
+        for flight in self.flights:
+            for block_id, owner in flight.owners.items():
+                assert owners.get(block_id, owner) == owner, "block reused under a plan in flight"
+        slots = {s.adapter_slot for s in plan.forward if s.adapter_slot is not None}
+        jobs = {self.packs[p].spec.job_id for part in plan.backward for p in part.pack_ids}
+        for job_id in [*jobs, *plan.optimizer_steps]:
+            slot = self.scheduler.adapter_slot(f"job:{job_id}")
+            assert slot is not None
+            slots.add(slot)
+        return Flight(plan, owners, slots)
+
+    def execute_segment(self, segment: Any, owners: dict[int, str]) -> None:
+        name, size = segment.sequence_id, self.limits.block_size
+        end = segment.start + segment.num_tokens
+        assert len(segment.block_ids) * size >= end
+        assert len(set(segment.block_ids)) == len(segment.block_ids)
+        for block_id in segment.block_ids:
+            assert owners.setdefault(block_id, name) == name, "block in two tables"
+        for position in range(segment.start):
+            cell = segment.block_ids[position // size] * size + position % size
+            assert self.cells.get(cell) == (name, position), "reads keys and values of something else"
+        for position in range(segment.start, end):
+            self.cells[segment.block_ids[position // size] * size + position % size] = (name, position)
+        if segment.kind is SegmentKind.TRAIN:
+            record = self.packs[name]
+            adapter: str | None = record.spec.adapter
+            assert segment.start == len(record.forwarded) * self.limits.window_tokens
+            assert end == min(segment.start + self.limits.window_tokens, record.spec.num_tokens)
+            assert segment.with_loss is not record.has_loss
+            assert not segment.samples
+            record.forwarded.append(segment.start)
+            record.has_loss |= len(record.forwarded) == record.num_windows
+        else:
+            request = self.requests[name]
+            adapter = request.spec.adapter
+            assert not segment.with_loss
+            assert segment.kind is SegmentKind.PREFILL or segment.samples
+            if segment.kind is SegmentKind.DECODE:
+                assert segment.num_tokens == 1
+        assert (None if segment.adapter_slot is None else self.slots[segment.adapter_slot]) == adapter
+
+    def execute_slice(self, part: Any) -> None:
+        assert part.pack_ids
+        for pack_id in part.pack_ids:
+            record = self.packs[pack_id]
+            assert len(record.forwarded) == record.num_windows, "backward before forward"
+            assert self.scheduler.adapter_slot(record.spec.adapter) is not None
+            last = self.limits.num_layers - 1
+            order = [
+                (layer, window) for layer in range(last, -1, -1) for window in range(record.num_windows - 1, -1, -1)
+            ]
+            assert order[len(record.slices)] == (part.layer, part.window), "slice out of order"
+            record.slices.append((part.layer, part.window))
+
+    def commit(self) -> None:
+        flight = self.flights.popleft()
+        plan = flight.plan
+        elapsed_s = max(plan.predicted_s * self.random.uniform(0.9, 1.1), 1e-4)
+        self.now += elapsed_s
+        sampled = {s.sequence_id: self.next_token(s) for s in plan.forward if s.samples}
+        outcomes = self.scheduler.commit(plan, StepResult(sampled, elapsed_s), self.now)
+        for outcome in outcomes:
+            self.take(outcome)
+        told = [o.sequence_id for o in outcomes if isinstance(o, SequenceToken)]
+        assert len(set(told)) == len(told)
+
+    def next_token(self, segment: Any) -> int:
+        request = self.requests.get(segment.sequence_id)
+        if request is None or request.stop_after is None:
+            return OTHER
+        num_generated = segment.start + segment.num_tokens - request.spec.num_prompt_tokens
+        return STOP if num_generated + 1 >= request.stop_after else OTHER
+
+    def take(self, outcome: Any) -> None:
+        if isinstance(outcome, SequenceToken):
+            request = self.requests[outcome.sequence_id]
+            assert request.finish_reason is None, "a token after the end"
+            request.tokens.append(outcome.token_id)
+            request.finish_reason = outcome.finish_reason
+            if request.first_token_s is None:
+                request.first_token_s = self.now
+            if outcome.finish_reason is not None:
+                request.finished_s = self.now
+        elif isinstance(outcome, PackForwarded):
+            assert self.packs[outcome.pack_id].has_loss
+        elif isinstance(outcome, PackDone):
+            record = self.packs[outcome.pack_id]
+            assert len(record.slices) == record.num_windows * self.limits.num_layers
+            record.is_done = True
+            self.open_packs[record.spec.job_id].discard(outcome.pack_id)
+        elif isinstance(outcome, StepDone):
+            assert not self.open_packs[outcome.job_id], "optimizer step before the end of backward"
+            self.steps_done[outcome.job_id] += 1
+
+    # ------------------------------------------------------------ checks
+
+    def check_budget(self, plan: StepPlan) -> None:
+        """Beyond the budget only decodes, the least chunk of prompts, and one unit (or one layer) of finetuning."""
+        if plan.predicted_s <= plan.budget_s * (1 + 1e-9):
+            return
+        prompt = sum(s.num_tokens for s in plan.forward if s.kind is SegmentKind.PREFILL)
+        windows = sum(s.kind is SegmentKind.TRAIN for s in plan.forward)
+        units = windows + len(plan.backward) + len(plan.optimizer_steps)
+        assert prompt <= 64
+        one_layer = len({(part.wave_id, part.layer) for part in plan.backward}) == 1
+        assert units <= 1 or (one_layer and units == len(plan.backward))
+
+    def check_finished(self) -> None:
+        """Every request has ended as it should."""
+        for request in self.requests.values():
+            spec = request.spec
+            room = self.limits.max_model_len - spec.num_prompt_tokens
+            most = min(spec.max_new_tokens, room)
+            due = most if request.stop_after is None else max(request.stop_after, spec.min_new_tokens)
+            stops = request.stop_after is not None and due <= most
+            assert request.finish_reason == ("stop" if stops else "length"), request
+            assert len(request.tokens) == min(due, most), request
+
+
+@pytest.fixture
+def make_limits() -> Callable[..., Limits]:
+    """Small limits, any of them overridden."""
+
+    def make(**overrides: Any) -> Limits:
+        sizes: dict[str, Any] = {
+            "num_blocks": 64,
+            "block_size": 4,
+            "max_num_seqs": 8,
+            "max_batch_tokens": 64,
+            "max_model_len": 128,
+            "num_adapter_slots": 4,
+            "arena_elements": 64 * 64,
+            "window_tokens": 8,
+            "num_layers": 3,
+            "max_train_tokens": 96,
+            "inference_reserve_blocks": 8,
+        }
+        return Limits(**(sizes | overrides))
+
+    return make
+
+
+@pytest.fixture
+def make_engine(make_limits: Callable[..., Limits]) -> Callable[..., SimulatedEngine]:
+    """A simulated engine over small limits."""
+
+    def make(seed: int = 0, targets: LatencyTargets | None = None, **overrides: Any) -> SimulatedEngine:
+        options = {key: overrides.pop(key) for key in ("latency", "tenant_weights") if key in overrides}
+        targets = targets or LatencyTargets(tpot_s=0.05, ttft_s=2.0)
+        return SimulatedEngine(make_limits(**overrides), seed, targets, **options)
+
+    return make
+
+
+@pytest.fixture
+def request_spec() -> Callable[..., RequestSpec]:
+    """A request of ten prompt and five new tokens on the base model, anything overridden."""
+
+    def make(sequence_id: str, **overrides: Any) -> RequestSpec:
+        fields: dict[str, Any] = {
+            "tenant": "t",
+            "num_prompt_tokens": 10,
+            "max_new_tokens": 5,
+            "stop_token_ids": frozenset({STOP}),
+        }
+        return RequestSpec(sequence_id, **(fields | overrides))
+
+    return make
