@@ -9,10 +9,21 @@ for ever.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 
 from weft_scheduler.residency import AdapterState, Entry
 from weft_scheduler.state import SchedulerState
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A missing adapter and since when it is waited for."""
+
+    entry: Entry
+    since_s: float
+    is_aged: bool
 
 
 def bring_adapters_nearer(state: SchedulerState, now_s: float) -> None:
@@ -22,49 +33,78 @@ def bring_adapters_nearer(state: SchedulerState, now_s: float) -> None:
     residency.try_finish_reservation()
     if not residency.missing:
         return
-    overdue: list[tuple[float, Entry]] = []
+    demands = _in_order(state, now_s)
+    _load(state, demands)
+    _reserve(state, demands)
+    _fetch(state, demands)
+
+
+def _in_order(state: SchedulerState, now_s: float) -> list[Demand]:
+    overdue: list[Demand] = []
+    others: list[Demand] = []
     for entry, since_s in chain(_training_demand(state, now_s), _inference_demand(state)):
-        if now_s - since_s >= state.limits.max_wait_s:
-            overdue.append((since_s, entry))
-        else:
-            _bring_nearer(state, entry, is_aged=False)
-    if overdue:
-        _serve_overdue(state, overdue)
+        is_aged = now_s - since_s >= state.limits.max_wait_s
+        (overdue if is_aged else others).append(Demand(entry, since_s, is_aged))
+    overdue.sort(key=lambda demand: demand.since_s)
+    return overdue + others
 
 
-def _serve_overdue(state: SchedulerState, overdue: list[tuple[float, Entry]]) -> None:
-    overdue.sort(key=lambda item: item[0])
-    for _, entry in overdue:
-        _bring_nearer(state, entry, is_aged=True)
-    if state.residency.reservation is not None:
+def _load(state: SchedulerState, demands: list[Demand]) -> None:
+    """Load what is in host memory and finds room; a training adapter only after all those of earlier jobs."""
+    first_in_line = _first_missing_training(state)
+    for demand in demands:
+        entry = demand.entry
+        if entry.state is not AdapterState.HOST or not _is_next(entry, first_in_line):
+            continue
+        if state.residency.try_load(entry, is_aged=demand.is_aged) and entry.is_training:
+            first_in_line = _first_missing_training(state)
+
+
+def _reserve(state: SchedulerState, demands: list[Demand]) -> None:
+    """Give the oldest overdue adapter that is in host memory a reservation."""
+    candidates = [d.entry for d in demands if d.is_aged and d.entry.state is AdapterState.HOST]
+    if not candidates or state.residency.reservation is not None:
         return
     drain: defaultdict[str, int] = defaultdict(int)
     for sequence in state.running:
         if sequence.spec.adapter is not None:
             drain[sequence.spec.adapter] = max(drain[sequence.spec.adapter], sequence.remaining_tokens)
-    for _, entry in overdue:
-        if entry.state is AdapterState.HOST and state.residency.try_reserve(entry, drain.__getitem__):
+    first_in_line = _first_missing_training(state)
+    for entry in candidates:
+        if _is_next(entry, first_in_line) and state.residency.try_reserve(entry, drain.__getitem__):
             return
 
 
-def _bring_nearer(state: SchedulerState, entry: Entry, *, is_aged: bool) -> None:
-    residency = state.residency
-    if entry.state is AdapterState.ABSENT:
-        if not entry.has_failed and (entry.is_training or residency.room_to_fetch(entry)):
-            residency.fetch(entry)
-    elif entry.state is AdapterState.HOST:
-        residency.try_load(entry, is_aged=is_aged)
+def _fetch(state: SchedulerState, demands: list[Demand]) -> None:
+    """Fetch in order while host memory has room: later ones never take the room of earlier ones."""
+    is_full = False
+    for demand in demands:
+        entry = demand.entry
+        if entry.state is not AdapterState.ABSENT or entry.has_failed:
+            continue
+        is_full = is_full or not state.residency.room_to_fetch(entry)
+        if entry.is_training or not is_full:
+            state.residency.fetch(entry)
 
 
-def _training_demand(state: SchedulerState, now_s: float) -> list[tuple[Entry, float]]:
-    """The first job that waits for its adapter (those behind it wait their turn), since when it waits."""
+def _is_next(entry: Entry, first_in_line: Entry | None) -> bool:
+    return not entry.is_training or entry is first_in_line
+
+
+def _first_missing_training(state: SchedulerState) -> Entry | None:
+    missing = state.residency.missing
+    entries = (missing.get(job.adapter) for job in state.training.jobs.values())
+    return next((entry for entry in entries if entry is not None and not entry.has_failed), None)
+
+
+def _training_demand(state: SchedulerState, now_s: float) -> Iterator[tuple[Entry, float]]:
+    """Missing adapters of jobs, in the order of the jobs."""
     for job in state.training.jobs.values():
         entry = state.residency.missing.get(job.adapter)
-        if entry is not None and not entry.has_failed:
+        if entry is not None:
             if job.waiting_since_s is None:
                 job.waiting_since_s = now_s
-            return [(entry, job.waiting_since_s)]
-    return []
+            yield entry, job.waiting_since_s
 
 
 def _inference_demand(state: SchedulerState) -> list[tuple[Entry, float]]:

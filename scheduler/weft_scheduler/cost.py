@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
 
@@ -105,6 +106,8 @@ _NOMINAL_SHARE = 1e-3
 _FORGETTING = 0.998
 _REFIT_INTERVAL = 16
 _ERROR_WINDOW = 256
+_RATIO_WINDOW = 32
+_LEAST_REACH = 1.5
 
 
 class CostModel:
@@ -120,6 +123,9 @@ class CostModel:
         self._gain = 1.0
         self._num_observed = 0
         self._errors: deque[float] = deque(maxlen=_ERROR_WINDOW)
+        self._misses: deque[float] = deque(maxlen=_RATIO_WINDOW)
+        self._speeds: deque[float] = deque(maxlen=_RATIO_WINDOW)
+        self._prior_theta = list(self._theta)
         self._tabulate()
 
     @property
@@ -155,11 +161,10 @@ class CostModel:
         Raises:
             ValueError: there are no samples, or a time is not positive.
         """
-        if not samples or any(seconds <= 0.0 for _, seconds in samples):
-            raise ValueError("calibration needs samples with positive times")
+        if not samples or any(seconds <= 0.0 or not _phi(features) for features, seconds in samples):
+            raise ValueError("calibration needs samples with work and positive times")
         nominal = [*_NOMINAL_CURVE, *_NOMINAL_WEIGHTS]
-        ratios = sorted(seconds / _dot(nominal, _phi(features)) for features, seconds in samples)
-        speed = ratios[len(ratios) // 2]
+        speed = median(seconds / _dot(nominal, _phi(features)) for features, seconds in samples)
         self._theta = [value * speed for value in nominal]
         prior = _Normal.of_parameters(self._theta)
         prior.scale(_NOMINAL_SHARE)
@@ -170,12 +175,16 @@ class CostModel:
         self._online = _Normal()
         self._gain = 1.0
         prior.solve(self._theta, num_sweeps=400)
-        self._errors.clear()
+        self._prior_theta = list(self._theta)
+        for window in (self._errors, self._misses, self._speeds):
+            window.clear()
         self._tabulate()
 
     def observe(self, features: Features, elapsed_s: float) -> None:
-        """Learn from an iteration that took `elapsed_s`; one outlier moves the fit no more than a usual error
-        does.
+        """Learn from an iteration that took `elapsed_s`.
+
+        A time further off than is usual is clipped, and weighs no more than its relative error allows: an
+        outlier moves the fit little, while a machine that has really changed is followed.
         """
         if elapsed_s <= 0.0:
             return
@@ -183,11 +192,15 @@ class CostModel:
         phi = _phi(features)
         if not phi or predicted_s <= 0.0:
             return
-        reach = max(0.5, 4.0 * self.error_p50)
+        reach = max(_LEAST_REACH, 2.0 * median(self._misses) - 1.0) if self._misses else _LEAST_REACH
         self._errors.append(abs(predicted_s - elapsed_s) / elapsed_s)
-        clipped_s = min(max(elapsed_s, predicted_s / (1.0 + reach)), predicted_s * (1.0 + reach))
+        self._misses.append(max(predicted_s / elapsed_s, elapsed_s / predicted_s))
+        prior_s = _dot(self._prior_theta, phi)
+        if prior_s > 0.0:
+            self._speeds.append(elapsed_s / prior_s)
+        clipped_s = min(max(elapsed_s, predicted_s / reach), predicted_s * reach)
         self._gain /= _FORGETTING
-        self._online.add(phi, clipped_s, self._gain)
+        self._online.add(phi, clipped_s, self._gain * min(1.0, clipped_s / elapsed_s) ** 2)
         self._num_observed += 1
         if self._num_observed % _REFIT_INTERVAL == 0:
             self._refit()
@@ -195,7 +208,7 @@ class CostModel:
     def _refit(self) -> None:
         self._online.scale(1.0 / self._gain)
         self._gain = 1.0
-        both = self._online.plus(self._prior)
+        both = self._online.plus(self._prior.for_speed(median(self._speeds) if self._speeds else 1.0))
         both.solve(self._theta, num_sweeps=4)
         self._tabulate()
 
@@ -276,6 +289,13 @@ class _Normal:
         """Multiply every weight by `factor`."""
         self.a = [[value * factor for value in row] for row in self.a]
         self.b = [value * factor for value in self.b]
+
+    def for_speed(self, factor: float) -> _Normal:
+        """The problem of a machine on which everything takes `factor` times as long."""
+        slower = _Normal()
+        slower.a = [[value / factor**2 for value in row] for row in self.a]
+        slower.b = [value / factor for value in self.b]
+        return slower
 
     def plus(self, other: _Normal) -> _Normal:
         """The sum of two problems."""

@@ -50,6 +50,10 @@ class ExtentMap:
         self._by_key: dict[str, Extent] = {}
         self.num_held = 0
 
+    def __len__(self) -> int:
+        """Extents held."""
+        return len(self._extents)
+
     def __contains__(self, key: str) -> bool:
         """Whether `key` holds an extent."""
         return key in self._by_key

@@ -18,7 +18,7 @@ class Limits:
     `training_adapter_share`.
 
     Packs alive at once (admitted, backward not finished) hold at most `max_train_tokens` tokens; they are
-    forwarded in windows of `window_tokens`, at most `max_pack_windows_per_plan` of one pack in a plan.
+    forwarded in windows of `window_tokens`.
 
     `max_inflight` plans may be uncommitted at a time: 1 is synchronous, 2 makes the next plan while one runs.
     A request that has waited `max_wait_s` for room for its adapter, and a pack that has waited
@@ -40,7 +40,6 @@ class Limits:
     training_adapter_share: float = 0.5
     max_wait_s: float = 2.0
     max_training_wait_s: float = 10.0
-    max_pack_windows_per_plan: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes with which some work could never run.

@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Literal
 
 
-class RequestTooLarge(ValueError):  # noqa: N818 (named for what is wrong, as the errors of the API are)
+class RequestTooLarge(ValueError):
     """A request, pack or adapter that can never run here; the message gives the value and the limit."""
 
 

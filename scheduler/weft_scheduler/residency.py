@@ -100,7 +100,7 @@ class Residency:
         self._free_slots = list(range(num_slots))
         self._leaving: list[Entry] = []
         self._staged_elements = 0
-        self._typical_elements = 0
+        self._largest_known = 0
         self._num_training_slots = 0
         self._now_s = 0.0
         self._committed = 0
@@ -132,12 +132,9 @@ class Residency:
         return self.slot(key) is not None
 
     def room_to_fetch(self, entry: Entry) -> bool:
-        """Whether another fetch keeps what waits in host memory within one arena (one adapter is always
-        allowed).
-        """
-        return (
-            not self._staged_elements or self._staged_elements + entry.num_elements <= self.extents.capacity
-        )
+        """Whether another fetch keeps what waits in host memory within one arena (one always may)."""
+        staged = self._staged_elements
+        return not staged or staged + self._size_or_guess(entry) <= self.extents.capacity
 
     # ------------------------------------------------------------ demand
 
@@ -362,11 +359,13 @@ class Residency:
         self.extents.check_invariants()
         everyone = [*self.entries.values(), *self._leaving]
         placed = [entry for entry in everyone if entry.slot is not None]
-        slots = [entry.slot for entry in placed]
-        assert sorted([*slots, *self._free_slots], key=lambda slot: slot or 0) == list(range(self.num_slots))
+        slots = [entry.slot for entry in placed if entry.slot is not None]
+        assert sorted([*slots, *self._free_slots]) == list(range(self.num_slots))
+        assert len({entry.key for entry in placed}) == len(placed) == len(self.extents)
         for entry in everyone:
             is_placed = entry.state in (AdapterState.LOADING, AdapterState.DEVICE)
-            assert (entry.slot is not None) == is_placed == (entry.key in self.extents), entry
+            assert (entry.slot is not None) == is_placed, entry
+            assert not is_placed or entry.key in self.extents, entry
             assert entry.num_users >= 0 <= entry.num_waiting, entry
             assert not entry.num_users or entry.state is AdapterState.DEVICE, entry
         assert set(self.missing) == {key for key, entry in self.entries.items() if entry.slot is None}
@@ -452,9 +451,13 @@ class Residency:
 
     def _stage(self, entry: Entry) -> None:
         if not entry.is_training:
-            self._typical_elements = max(entry.num_elements, self._typical_elements)
-            entry.staged_elements = entry.num_elements or self._typical_elements
+            self._largest_known = max(entry.num_elements, self._largest_known)
+            entry.staged_elements = self._size_or_guess(entry)
             self._staged_elements += entry.staged_elements
+
+    def _size_or_guess(self, entry: Entry) -> int:
+        """An adapter of unknown size is taken to be as large as the largest known one, at first an eighth."""
+        return entry.num_elements or self._largest_known or max(self.extents.capacity // 8, 1)
 
     def _unstage(self, entry: Entry) -> None:
         self._staged_elements -= entry.staged_elements

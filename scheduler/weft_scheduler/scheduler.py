@@ -380,7 +380,9 @@ class Scheduler:
         engine's.
         """
         state = self._state
-        return bool(self._in_flight or state.sequences or any(job.has_work for job in state.training.jobs.values()))
+        return bool(
+            self._in_flight or state.sequences or any(job.has_work for job in state.training.jobs.values())
+        )
 
     def check_invariants(self) -> None:
         """All parts agree with each other; for tests and idle moments.

@@ -97,11 +97,8 @@ def _add_steps(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None
 
 def _add_windows(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:
     for pack in state.training.alive:
-        for _ in range(state.limits.max_pack_windows_per_plan):
-            if pack.status is not PackStatus.FORWARDING:
-                break
-            if not _add_window(state, draft, pack, budget_s):
-                return
+        if pack.status is PackStatus.FORWARDING and not _add_window(state, draft, pack, budget_s):
+            return
 
 
 def _add_slices(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="show co-serving with the bundled model",
-        description="Serve the bundled model, finetune two adapters while it answers, and show what they learned.",
+        description="Serve the bundled model, finetune adapters while it answers, and show the result.",
         allow_abbrev=False,
     )
     demo.add_argument("--exit", action="store_true", dest="exit_when_done", help="end when the demo is over")
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     new = keys.add_subparsers(title="commands", metavar="COMMAND", required=True).add_parser(
         "new",
         help="make an API key",
-        description="Make an API key: prints it once, and the lines for the --api-keys file, which hold its digest.",
+        description="Make an API key: prints it once, and the --api-keys lines that hold its digest.",
         allow_abbrev=False,
     )
     new.add_argument(

@@ -1,7 +1,8 @@
-"""Which requests and jobs were in the engine's hands when it died: a small memory-mapped file that survives the process.
+"""Which requests and jobs were in the engine's hands when it died: a small memory-mapped file that survives
+the process.
 
-The engine writes the ids of every plan before it runs it; after a death the API process reads the last plan. Two
-processes share the format, so it lives beside them and needs the standard library alone.
+The engine writes the ids of every plan before it runs it; after a death the API process reads the last plan.
+Two processes share the format, so it lives beside them and needs the standard library alone.
 """
 
 from __future__ import annotations

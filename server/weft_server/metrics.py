@@ -9,7 +9,7 @@ Labels stay bounded: `model_name` is the base, `tenant` one of the configured te
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -59,7 +59,8 @@ class Metrics:
     def __init__(self, model_name: str, *, max_tokens: int = _MAX_BUCKET_TOKENS) -> None:
         self._model_name = model_name
         self._registry = CollectorRegistry()
-        self._engine = _EngineCollector(model_name)
+        self._own_names: set[str] = set()
+        self._engine = _EngineCollector(model_name, self._own_names)
         self._registry.register(self._engine)
         self._ttft = self._histogram("time_to_first_token_seconds", "Time to first token.", _TTFT_BUCKETS_S)
         self._itl = self._histogram(
@@ -97,11 +98,11 @@ class Metrics:
     def prompt_accepted(self, tenant: str, num_tokens: int) -> None:
         """Count one prompt that was sent to the engine."""
         self._prompt_tokens.labels(self._model_name, tenant).inc(num_tokens)
-        self._prompt_size.labels(self._model_name).observe(num_tokens)
+        self._prompt_size.observe(num_tokens)
 
     def first_token(self, seconds: float) -> None:
         """Observe a choice's time to first token."""
-        self._ttft.labels(self._model_name).observe(seconds)
+        self._ttft.observe(seconds)
 
     def tokens_generated(self, tenant: str, num_tokens: int, interval_s: float | None) -> None:
         """Count the tokens of one delta.
@@ -110,7 +111,7 @@ class Metrics:
         """
         self._generation_tokens.labels(self._model_name, tenant).inc(num_tokens)
         if interval_s is not None and num_tokens:
-            latency = self._itl.labels(self._model_name)
+            latency = self._itl
             for _ in range(num_tokens):
                 latency.observe(interval_s / num_tokens)
 
@@ -119,10 +120,10 @@ class Metrics:
     ) -> None:
         """Observe a finished choice; `reason` is stop, length or abort, times are since its arrival."""
         self._success.labels(self._model_name, tenant, reason).inc()
-        self._output_size.labels(self._model_name).observe(num_tokens)
-        self._e2e.labels(self._model_name).observe(e2e_s)
+        self._output_size.observe(num_tokens)
+        self._e2e.observe(e2e_s)
         if first_s is not None and num_tokens > 1:
-            self._tpot.labels(self._model_name).observe((e2e_s - first_s) / (num_tokens - 1))
+            self._tpot.observe((e2e_s - first_s) / (num_tokens - 1))
 
     def choice_failed(self, tenant: str, code: str) -> None:
         """Count a choice that ended with an error."""
@@ -144,9 +145,9 @@ class Metrics:
         """Take over the engine's gauges, counters and iteration times. Call it exactly once per heartbeat."""
         self._engine.update(heartbeat)
         for seconds, predicted_s in heartbeat.iterations:
-            self._iteration_s.labels(self._model_name).observe(seconds)
+            self._iteration_s.observe(seconds)
             if predicted_s > 0:
-                self._iteration_ratio.labels(self._model_name).observe(seconds / predicted_s)
+                self._iteration_ratio.observe(seconds / predicted_s)
 
     def engine_started(self) -> None:
         """Count one more engine process that became ready; its counters begin at zero."""
@@ -161,22 +162,24 @@ class Metrics:
         return bytes(generate_latest(self._registry))
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        self._own_names.add(name)
         histogram = Histogram(f"weft_{name}", text, ("model_name",), buckets=buckets, registry=self._registry)
-        histogram.labels(self._model_name)
-        return histogram
+        return histogram.labels(self._model_name)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        self._own_names.add(name)
         return Counter(f"weft_{name}", text, ("model_name", *labels), registry=self._registry)
 
 
 class _EngineCollector:
-    """Exposes the latest heartbeat.
+    """Exposes the latest heartbeat, except what this process counts itself, with more labels.
 
     Counters stay monotonic over engine restarts: past engines' totals are added.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, hidden_names: Set[str]) -> None:
         self._model_name = model_name
+        self._hidden_names = hidden_names
         self._lock = threading.Lock()
         self._gauges: dict[str, float] = {}
         self._counters: dict[str, float] = {}
@@ -209,6 +212,9 @@ class _EngineCollector:
             for name, value in self._counters.items():
                 counters[name] = counters.get(name, 0.0) + value
             num_starts = self._num_starts
+        for name in self._hidden_names:
+            gauges.pop(name, None)
+            counters.pop(name, None)
         for name, value in sorted(gauges.items()):
             gauge = GaugeMetricFamily(
                 f"weft_{name}", _ENGINE_HELP.get(name, "Engine gauge."), labels=["model_name"]

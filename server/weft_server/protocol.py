@@ -1,8 +1,9 @@
 """The typed messages between the API process and the engine process.
 
-Standard-library dataclasses alone, so that both sides import it without msgspec, sockets or torch; the transport
-(`service/engine_client.py`, `engine/process.py`) encodes them as tagged MessagePack and stamps each with the engine's
-epoch. The engine knows tokens, adapters and jobs by id; names, text and HTTP stay in the API process.
+Standard-library dataclasses alone, so that both sides import it without msgspec, sockets or torch; the
+transport (`service/engine_client.py`, `engine/process.py`) encodes them as tagged MessagePack and stamps each
+with the engine's epoch. The engine knows tokens, adapters and jobs by id; names, text and HTTP stay in the
+API process.
 
 Everything durable is referred to by blob id: whoever writes a blob has made it durable before its id is sent.
 """
@@ -20,7 +21,8 @@ LrScheduler: TypeAlias = Literal["linear", "cosine", "constant"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One immutable adapter version: what the engine needs to fetch it and to key everything derived from it."""
+    """One immutable adapter version: what the engine needs to fetch it and to key everything derived from
+    it."""
 
     digest: str
     config_blob: str
@@ -32,9 +34,9 @@ class AdapterRef:
 class SamplingParams:
     """How one choice is sampled; every default is neutral. Validated by the API before it is sent.
 
-    `stop_token_ids` already contains the end-of-sequence ids (unless the request ignores them). `logprobs` is the
-    number of top alternatives to report besides the sampled token (0 = only the sampled token's), None = none.
-    `prompt_logprobs` asks the same of every prompt token.
+    `stop_token_ids` already contains the end-of-sequence ids (unless the request ignores them). `logprobs` is
+    the number of top alternatives to report besides the sampled token (0 = only the sampled token's), None =
+    none. `prompt_logprobs` asks the same of every prompt token.
     """
 
     max_tokens: int
@@ -77,8 +79,8 @@ class LoraSpec:
 class JobSpec:
     """Resolved hyperparameters of a finetune job (no `auto` left). Steps count optimizer steps.
 
-    An optimizer step is `batch_size` examples (fewer at the end of an epoch); `total_steps` is fixed at submission:
-    min(max_steps, epochs · ceil(examples / batch_size)).
+    An optimizer step is `batch_size` examples (fewer at the end of an epoch); `total_steps` is fixed at
+    submission: min(max_steps, epochs · ceil(examples / batch_size)).
     """
 
     seed: int
@@ -115,7 +117,8 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Forget this choice; nothing more is sent for it. Unknown ids are ignored (it may just have finished)."""
+    """Forget this choice; nothing more is sent for it. Unknown ids are ignored (it may just have
+    finished)."""
 
     request_id: str
 
@@ -124,7 +127,8 @@ class Abort:
 class StartJob:
     """Run (or, with `checkpoint_blob`, continue) a finetune job on a tokenized dataset (`training/data.py`).
 
-    `lease_epoch` fences: it is echoed in every message about the job, and the API drops messages of older epochs.
+    `lease_epoch` fences: it is echoed in every message about the job, and the API drops messages of older
+    epochs.
     """
 
     job_id: str
@@ -145,7 +149,8 @@ class CancelJob:
 
 @dataclass(frozen=True, slots=True)
 class CheckAdapter:
-    """Validate an uploaded adapter strictly against the base; answered by `AdapterChecked` or `CheckFailed`."""
+    """Validate an uploaded adapter strictly against the base; answered by `AdapterChecked` or
+    `CheckFailed`."""
 
     check_id: str
     config_blob: str
@@ -303,8 +308,9 @@ class JobStopped:
 class Heartbeat:
     """Sent at least once a second, also while a long iteration runs; the engine's gauges and counters.
 
-    `gauges` and `counters` are keyed by metric name without prefix (`num_requests_running`, `finetune_tokens`, …);
-    counters are cumulative within the engine's epoch. `iterations` are (seconds, predicted seconds) since the last one.
+    `gauges` and `counters` are keyed by metric name without prefix (`num_requests_running`,
+    `finetune_tokens`, …); counters are cumulative within the engine's epoch. `iterations` are (seconds,
+    predicted seconds) since the last one.
     """
 
     iteration: int

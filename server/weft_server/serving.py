@@ -1,4 +1,5 @@
-"""`weft serve`: wires stores, engine and services together and runs the API process until it is told to stop."""
+"""`weft serve`: wires stores, engine and services together and runs the API process until it is told to
+stop."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -81,7 +83,8 @@ async def _serve(settings: Settings) -> int:
 
 @contextlib.asynccontextmanager
 async def running_server(settings: Settings) -> AsyncIterator[tuple[RunningServer, asyncio.Future[int]]]:
-    """A server from the moment it is ready; the future resolves to the exit status when a signal asks it to stop.
+    """A server from the moment it is ready; the future resolves to the exit status when a signal asks it to
+    stop.
 
     Leaving the context stops it: open requests get a few seconds, jobs are checkpointed.
 
@@ -154,7 +157,6 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
             flight_record=str(flight_record),
             store_url=settings.store,
             data_dir=str(settings.data_dir),
-            redis_volatile=settings.redis_volatile,
             device=settings.device,
             dtype=settings.dtype,
             quantization=settings.quantization,
@@ -179,7 +181,8 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
 async def _serving(
     services: Services, engine: EngineClient, listener: socket.socket, stopped: asyncio.Future[int]
 ) -> AsyncIterator[EngineReady]:
-    """HTTP and engine up; on leaving, requests first, then the engine, then what the jobs still have to record."""
+    """HTTP and engine up; on leaving, requests first, then the engine, then what the jobs still have to
+    record."""
     server = _Server(
         uvicorn.Config(
             create_app(services),
@@ -195,7 +198,8 @@ async def _serving(
     collector = asyncio.create_task(_collect_forever(services))
     ready = asyncio.create_task(engine.wait_ready())
     try:
-        await asyncio.wait({ready, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {ready, stopped, http}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             yield ready.result()
         elif http.done():
@@ -256,7 +260,8 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen(2048)
         except OSError as error:
             raise CannotServe(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; stop what uses it or choose another --port"
+                f"cannot listen on {host}:{port}: {error.strerror or error}; "
+                "stop what uses it or choose another --port"
             ) from error
         yield listener
 
@@ -264,9 +269,11 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 def _banner(server: RunningServer, settings: Settings) -> str:
     info = server.info
     return (
-        f"base {server.model_name} ({settings.model}): {info.quantization} weights, {info.dtype} compute on {info.device}\n"
-        f"context {info.max_model_len} tokens, {info.max_num_seqs} sequences, {info.max_batch_tokens} tokens an iteration, "
+        f"base {server.model_name} ({settings.model}): {info.quantization} weights, "
+        f"{info.dtype} compute on {info.device}\n"
+        f"context {info.max_model_len} tokens, {info.max_num_seqs} sequences, "
+        f"{info.max_batch_tokens} tokens an iteration, "
         f"KV cache {info.kv_cache_tokens} tokens, adapter arena {info.adapter_arena_bytes >> 20} MiB\n"
-        f"finetuning yields to {info.tpot_slo_ms:.1f} ms per token and {info.ttft_slo_ms:.0f} ms to the first "
-        f"(p{settings.slo_percentile:g}); store {settings.store}, data in {settings.data_dir}"
+        f"finetuning yields to {info.tpot_slo_ms:.1f} ms per token and {info.ttft_slo_ms:.0f} ms to the "
+        f"first (p{settings.slo_percentile:g}); store {settings.store}, data in {settings.data_dir}"
     )

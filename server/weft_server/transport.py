@@ -1,7 +1,7 @@
 """Encoding of `protocol.py` messages on the wire between the API process and the engine process.
 
-Tagged MessagePack by msgspec; every frame carries the epoch of the engine that it belongs to, so that messages of a
-dead engine are never taken for those of its successor.
+Tagged MessagePack by msgspec; every frame carries the epoch of the engine that it belongs to, so that
+messages of a dead engine are never taken for those of its successor.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fixtures of the kernel tests: the device, and random adapter tables with poisoned gaps.
 
-Without a CUDA device the Triton kernels run in Triton's interpreter. That is decided when triton is first imported,
-hence the assignment before anything here imports it.
+Without a CUDA device the Triton kernels run in Triton's interpreter. That is decided when triton is first
+imported, hence the assignment before anything here imports it.
 """
 
 import os
@@ -96,10 +96,8 @@ def make_adapters() -> Callable[..., Adapters]:
     return make
 
 
-def _layout(
-    by_module: dict[int, int], widths: dict[int, int], in_width: int
-) -> tuple[list[LoraEntry], int]:
-    """As adapters are packed: per layer the A's side by side, then the B's, each at a multiple of 64 elements."""
+def _layout(by_module: dict[int, int], widths: dict[int, int], in_width: int) -> tuple[list[LoraEntry], int]:
+    """As adapters are packed: per layer the A's side by side, then the B's, each at a multiple of 64."""
     entries, offset = [], 0
     for layer in range(NUM_LAYERS):
         a_offsets = {}
@@ -129,7 +127,7 @@ def make_dropout() -> Callable[..., LoraDropout]:
 
 @pytest.fixture
 def mixed_batch() -> Callable[[torch.device | str], LoraBatch]:
-    """100 rows: slots 0 to 3, one of them in several runs, one of a single row, and rows without an adapter."""
+    """100 rows: five slots, one in several runs, one of a single row, and rows without an adapter."""
 
     def make(device: torch.device | str = "cpu") -> LoraBatch:
         runs = [(2, 0, 37), (4, 40, 2), (0, 42, 1), (2, 50, 20), (1, 70, 16), (3, 90, 5), (1, 96, 0)]

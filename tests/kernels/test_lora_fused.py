@@ -59,7 +59,11 @@ def check(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype).to(device)
 
-    x, y, dy = random(num_rows, adapters.in_width), random(num_rows, sum(widths)), random(num_rows, sum(widths))
+    x, y, dy = (
+        random(num_rows, adapters.in_width),
+        random(num_rows, sum(widths)),
+        random(num_rows, sum(widths)),
+    )
     dx = random(num_rows, adapters.in_width)
     group = (adapters.table, 1, modules, widths, batch, dropout)
     results = []
@@ -82,8 +86,18 @@ def check(
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("modules", [(0,), (0, 1, 2), (1, 3), (0, 1, 2, 3, 4)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "modules"),
+    [
+        (torch.float32, (0, 1, 2)),
+        (torch.float32, (0, 1, 2, 3, 4)),
+        (torch.float16, (1, 3)),
+        pytest.param(torch.float16, (0, 1, 2), marks=pytest.mark.slow),
+        pytest.param(torch.float16, (0, 1, 2, 3, 4), marks=pytest.mark.slow),
+        pytest.param(torch.float32, (0,), marks=pytest.mark.slow),
+        pytest.param(torch.float32, (1, 3), marks=pytest.mark.slow),
+    ],
+)
 def test_fused_equals_reference_on_odd_shapes_and_mixed_ranks(
     make_adapters: Callable[..., Any],
     make_dropout: Callable[..., LoraDropout],

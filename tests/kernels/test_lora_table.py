@@ -1,4 +1,4 @@
-"""The table of adapter weights: what the device tensors hold, what is refused, what moving an extent changes."""
+"""The table of adapter weights: what the device tensors hold, what is refused, what moving changes."""
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
 """A simulated engine that carries out plans and watches, from outside, that they are sound.
 
-It keeps what a device would keep: which (sequence, position) is in every cell of the KV cache, which adapter lies in
-every extent and slot, which windows and slices of every pack have run. It shares no code with the scheduler.
+It keeps what a device would keep: which (sequence, position) is in every cell of the KV cache, which adapter
+lies in every extent and slot, which windows and slices of every pack have run. It shares no code with the
+scheduler.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class SimulatedEngine:
         self.limits = limits
         self.random = random.Random(seed)
         self.latency: Callable[[], float] = options.pop("latency", lambda: 0.0)
+        self.noise: float = options.pop("noise", 0.1)
         self.adapter_elements: dict[str, int] = {}
         self.scheduler = Scheduler(limits, CostModel(), targets, **options)
         self.now = 0.0
@@ -137,7 +139,7 @@ class SimulatedEngine:
     # ------------------------------------------------------------ iterations
 
     def step(self) -> StepPlan:
-        """Make a plan; commit the oldest one if as many are under way as may be, or nothing else can be done."""
+        """Make a plan; commit the oldest first if as many are under way as may be, or if nothing else is left."""
         self.deliver()
         if len(self.flights) == self.limits.max_inflight:
             self.commit()
@@ -274,7 +276,9 @@ class SimulatedEngine:
             assert self.scheduler.adapter_slot(record.spec.adapter) is not None
             last = self.limits.num_layers - 1
             order = [
-                (layer, window) for layer in range(last, -1, -1) for window in range(record.num_windows - 1, -1, -1)
+                (layer, window)
+                for layer in range(last, -1, -1)
+                for window in range(record.num_windows - 1, -1, -1)
             ]
             assert order[len(record.slices)] == (part.layer, part.window), "slice out of order"
             record.slices.append((part.layer, part.window))
@@ -282,7 +286,7 @@ class SimulatedEngine:
     def commit(self) -> None:
         flight = self.flights.popleft()
         plan = flight.plan
-        elapsed_s = max(plan.predicted_s * self.random.uniform(0.9, 1.1), 1e-4)
+        elapsed_s = max(plan.predicted_s * self.random.uniform(1 - self.noise, 1 + self.noise), 1e-4)
         self.now += elapsed_s
         sampled = {s.sequence_id: self.next_token(s) for s in plan.forward if s.samples}
         outcomes = self.scheduler.commit(plan, StepResult(sampled, elapsed_s), self.now)
@@ -322,7 +326,9 @@ class SimulatedEngine:
     # ------------------------------------------------------------ checks
 
     def check_budget(self, plan: StepPlan) -> None:
-        """Beyond the budget only decodes, the least chunk of prompts, and one unit (or one layer) of finetuning."""
+        """Beyond the budget only decodes, the least chunk of prompts, and one unit (or one layer) of
+        finetuning.
+        """
         if plan.predicted_s <= plan.budget_s * (1 + 1e-9):
             return
         prompt = sum(s.num_tokens for s in plan.forward if s.kind is SegmentKind.PREFILL)
@@ -372,7 +378,9 @@ def make_engine(make_limits: Callable[..., Limits]) -> Callable[..., SimulatedEn
     """A simulated engine over small limits."""
 
     def make(seed: int = 0, targets: LatencyTargets | None = None, **overrides: Any) -> SimulatedEngine:
-        options = {key: overrides.pop(key) for key in ("latency", "tenant_weights") if key in overrides}
+        options = {
+            key: overrides.pop(key) for key in ("latency", "noise", "tenant_weights") if key in overrides
+        }
         targets = targets or LatencyTargets(tpot_s=0.05, ttft_s=2.0)
         return SimulatedEngine(make_limits(**overrides), seed, targets, **options)
 

@@ -2,8 +2,8 @@
 
     out_i = Σ_j softmax_j(scale · q_i·k_j) v_j      over the keys j that row i may see
 
-The cache of one layer is `[num_blocks, block_size, Hkv, D]` for keys and the same for values; query heads are grouped
-(`H` a multiple of `Hkv`). Softmax is accumulated in fp32 (fp64 for fp64 inputs).
+The cache of one layer is `[num_blocks, block_size, Hkv, D]` for keys and the same for values; query heads are
+grouped (`H` a multiple of `Hkv`). Softmax is accumulated in fp32 (fp64 for fp64 inputs).
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def chunk_vjp(
         chunk: only its sizes are read.
 
     Returns:
-        The output `[num_tokens, H, D]`, and a function from its cotangent to `(d_q, d_k, d_v)`, the latter two over
-        all keys of the chunk. The function may be called once; it keeps what it needs of the inputs alive.
+        The output `[num_tokens, H, D]`, and a function from its cotangent to `(d_q, d_k, d_v)`, the latter
+        two over all keys of the chunk. The function may be called once; it keeps what it needs of the inputs
+        alive.
     """
     return reference.chunk_vjp(q, k, v, chunk, scale=scale, sliding_window=sliding_window)
 

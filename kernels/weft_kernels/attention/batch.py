@@ -1,4 +1,5 @@
-"""Which rows of a flat batch attend to which cached tokens. Built once per iteration, shared by all layers."""
+"""Which rows of a flat batch attend to which cached tokens. Built once per iteration, shared by all
+layers."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from torch import Tensor
 class AttentionChunk:
     """Consecutive rows of one sequence and the keys that they may see.
 
-    Row `i` of the chunk is at key index `num_keys - num_tokens + i` (causal, bottom-right aligned). `block_ids`
-    `[num_blocks]` int64 are the blocks that hold the keys; the first key is `key_offset` tokens into the first block.
+    Row `i` of the chunk is at key index `num_keys - num_tokens + i` (causal, bottom-right aligned).
+    `block_ids` `[num_blocks]` int64 are the blocks that hold the keys; the first key is `key_offset` tokens
+    into the first block.
     """
 
     row_start: int
@@ -46,7 +48,8 @@ class AttentionChunk:
 def make_chunk(
     row_start: int, num_tokens: int, first_key: int, end_key: int, block_table: Tensor, block_size: int
 ) -> AttentionChunk:
-    """A chunk whose keys are tokens `[first_key, end_key)` of a sequence with this `[num_blocks]` block table."""
+    """A chunk whose keys are tokens `[first_key, end_key)` of a sequence with this `[num_blocks]` block
+    table."""
     first_block = first_key // block_size
     end_block = -(-end_key // block_size)
     return AttentionChunk(
@@ -62,8 +65,8 @@ def make_chunk(
 class AttentionBatch:
     """Decode rows come first in the flat batch, one per sequence; the chunks follow in row order.
 
-    `decode_block_tables` is `[S, max_blocks]` int64 (unused entries 0), `decode_lengths` `[S]` int64 the number of
-    keys of each sequence, the current token included.
+    `decode_block_tables` is `[S, max_blocks]` int64 (unused entries 0), `decode_lengths` `[S]` int64 the
+    number of keys of each sequence, the current token included.
     """
 
     num_decode: int

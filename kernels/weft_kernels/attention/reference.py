@@ -1,7 +1,8 @@
 """Paged attention in plain PyTorch: what every faster version must equal, and the CPU path.
 
-Decode rows are one padded, masked call for all sequences; every chunk (a prompt chunk, or the part of a finetuning
-window that lies in one example) is one call of the library's attention, which stores no score matrix.
+Decode rows are one padded, masked call for all sequences; every chunk (a prompt chunk, or the part of a
+finetuning window that lies in one example) is one call of the library's attention, which stores no score
+matrix.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ def chunk_vjp(
 ) -> tuple[Tensor, Vjp]:
     """One chunk's attention and its backward; see `weft_kernels.attention.chunk_vjp`."""
     with torch.enable_grad():
-        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        out = _chunk(*leaves, chunk, scale, sliding_window)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out = _chunk(q, k, v, chunk, scale, sliding_window)
 
     def backward(d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_q, d_k, d_v = torch.autograd.grad(out, leaves, d_out)
+        d_q, d_k, d_v = torch.autograd.grad(out, (q, k, v), d_out)
         return d_q, d_k, d_v
 
     return out.detach(), backward

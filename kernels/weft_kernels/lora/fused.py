@@ -193,7 +193,7 @@ class _Call:
             BLOCK_M=max(32, config.rows),
             BLOCK_R=config.ranks,
             BLOCK_C=config.columns,
-            num_warps=config.num_warps,
+            num_warps=8 if config.ranks >= 32 else 4,
             num_stages=2,
             enable_fp_fusion=True,
         )

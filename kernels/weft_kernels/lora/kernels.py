@@ -149,7 +149,7 @@ def shrink_kernel(
         tl.store(out_rows + r[None, :], acc.to(out.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit(do_not_specialize=_STATIC)
+@triton.jit(do_not_specialize=[*_STATIC, "group_size"])
 def expand_kernel(
     v,
     v_stride,

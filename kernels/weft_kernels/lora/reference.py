@@ -69,17 +69,17 @@ def lora_backward(
             _add_weight_grads(grads[slot], _take(x, rows), dy_rows, u, group, columns, masks)
 
 
-def _shrink(x: Tensor, group: LoraGroup, masks: list[Tensor] | None) -> list[Tensor]:
+def _shrink(x: Tensor, group: LoraGroup, masks: list[Tensor] | None) -> Sequence[Tensor]:
     """`drop(x) Aᵀ` of every member: [rows, R] each."""
     if masks is not None:
         dropped = zip(group.members, masks, strict=True)
         return [_drop(x, mask) @ _as(entry.a, x).mT for (_, entry, _, _), mask in dropped]
     if group.stacked_a is not None:
-        v = x @ _as(group.stacked_a, x).mT
+        v = torch.mm(x, _as(group.stacked_a, x).mT)
         if len(group.members) == 1:
             return [v]
-        return [v[:, first:last] for _, _, first, last in group.members]
-    return [x @ _as(entry.a, x).mT for _, entry, _, _ in group.members]
+        return torch.split_with_sizes(v, group.ranks, dim=1)
+    return [torch.mm(x, _as(entry.a, x).mT) for _, entry, _, _ in group.members]
 
 
 def _add_input_grad(

@@ -52,10 +52,11 @@ class LoraGroup:
 
     `members` holds `(index in the group, entry, rank_start, rank_end)`. `stacked_a` [sum of ranks, K] is one
     view over all members' A where the layout keeps them adjacent, so that one product serves the group; else
-    None.
+    None. `ranks` are the members' ranks.
     """
 
     members: tuple[tuple[int, SlotEntry, int, int], ...]
+    ranks: list[int]
     num_ranks: int
     in_features: int
     stacked_a: Tensor | None
@@ -136,13 +137,12 @@ class LoraTable:
 
         Views are made on first use and kept, unless the arena itself requires a gradient.
         """
+        if self.weights.requires_grad:
+            return self._build_group(slot, layer, modules)
         cache, key = self._groups[slot], (layer, modules)
-        if key in cache:
-            return cache[key]
-        group = self._build_group(slot, layer, modules)
-        if not self.weights.requires_grad:
-            cache[key] = group
-        return group
+        if key not in cache:
+            cache[key] = self._build_group(slot, layer, modules)
+        return cache[key]
 
     def max_rank(self, slot: int) -> int:
         """The largest rank of `slot` over all layers and modules; 0 for an empty slot."""
@@ -172,7 +172,8 @@ class LoraTable:
                     f"modules {modules} of layer {layer} in slot {slot} differ in their input width"
                 )
         stacked = self._matrix(base + first.a_offset, num_ranks, first.in_features) if adjacent else None
-        return LoraGroup(tuple(members), num_ranks, first.in_features, stacked)
+        ranks = [entry.rank for _, entry, _, _ in members]
+        return LoraGroup(tuple(members), ranks, num_ranks, first.in_features, stacked)
 
     def _matrix(self, offset: int, rows: int, columns: int) -> Tensor:
         return self.weights.narrow(0, offset, rows * columns).view(rows, columns)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from weft_server.errors import InvalidRequest, TooLarge, Unprocessable, WeftError
 
-MAX_JSON_BYTES = 64 * 1024 * 1024
+MAX_JSON_BYTES = 16 * 1024 * 1024
 
 NeutralValues: TypeAlias = Mapping[str, Callable[[Any], bool]]
 """Field name → whether a value of it changes nothing and may be ignored. `null` always may."""
@@ -25,7 +25,7 @@ async def read_json_object(request: Request) -> dict[str, Any]:
 
     Raises:
         InvalidRequest: not UTF-8 JSON, or not an object.
-        TooLarge: more than 64 MiB.
+        TooLarge: more than 16 MiB.
     """
     chunks: list[bytes] = []
     num_bytes = 0
@@ -60,8 +60,8 @@ def strip_unsupported(
             raise InvalidRequest(f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
         elif value is not None and not neutral[name](value):
             raise InvalidRequest(
-                f"Unsupported parameter: '{name}' = {_shorten(value)} would change the result, and Weft does not "
-                "implement it. Leave it out.",
+                f"Unsupported parameter: '{name}' = {_shorten(value)} would change the result, and Weft does "
+                "not implement it. Leave it out.",
                 param=name,
                 code="unsupported_parameter",
             )
@@ -81,6 +81,8 @@ def invalid_body(error: ValidationError, *, status: int, prefix: tuple[str | int
         expectation = first["msg"].removeprefix("Value error, ")
         message = f"Invalid value for '{param}': {_shorten(first['input'])}. {expectation}."
         code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+        if kind == "unsupported_parameter":
+            code = kind
     if status == 422:
         return Unprocessable(message, param=param)
     return InvalidRequest(message, param=param, code=code)

@@ -88,7 +88,7 @@ def openai_body(
 
 
 def weft_body(model: type[Model]) -> Callable[[Request], Awaitable[Model]]:
-    """A dependency that reads one of Weft's own objects: anything wrong inside it is a 422 that names the field.
+    """A dependency that reads one of Weft's own objects: anything wrong in it is a 422 that names the field.
 
     Bad JSON, or JSON that is not an object, is a 400.
     """

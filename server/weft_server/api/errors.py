@@ -85,12 +85,11 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
         mapped = Unavailable(str(error.detail))
     else:
         mapped = InvalidRequest(str(error.detail))
-    response = JSONResponse(
+    return JSONResponse(
         error_body(mapped),
         status_code=error.status_code,
         headers={**error_headers(mapped), **(error.headers or {})},
     )
-    return response
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:

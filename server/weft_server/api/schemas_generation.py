@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from weft_server.service.sampling import SamplingRequest
 
@@ -75,11 +76,12 @@ class SamplingFields(BaseModel):
                 raise ValueError(f"Its keys are token ids, and {key!r} is none")
         return value
 
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> SamplingFields:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("'stream_options' needs 'stream': true")
-        return self
+    @field_validator("stream_options")
+    @classmethod
+    def _check_stream_options(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("It needs 'stream': true")
+        return value
 
     @property
     def include_usage(self) -> bool:
@@ -133,22 +135,13 @@ class CompletionRequest(SamplingFields):
         return list(self.prompt)
 
 
-class TextPart(BaseModel):
-    """A part of a message's content; only text is implemented."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
 class ChatMessage(BaseModel):
     """A message. What an earlier answer's message carries besides its content is accepted when empty."""
 
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str
     name: str | None = None
 
     @model_validator(mode="before")
@@ -167,12 +160,15 @@ class ChatMessage(BaseModel):
         )
         return {key: entry for key, entry in value.items() if not (key in idle and entry in (None, [], ""))}
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_text_parts(cls, value: Any) -> Any:
+        """Content given in parts is their text, on lines of their own, as vLLM joins them."""
+        return "\n".join(_part_text(part) for part in value) if isinstance(value, list) else value
+
     def for_template(self) -> dict[str, Any]:
-        """What the chat template sees: plain text, and `system` for OpenAI's newer name `developer`."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        """What the chat template sees: `system` stands for OpenAI's newer name `developer`."""
+        message = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         if self.name is not None:
             message["name"] = self.name
         return message
@@ -186,6 +182,18 @@ class ChatRequest(SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(kind, str) and kind != "text":
+        raise PydanticCustomError(
+            "unsupported_parameter",
+            f"Parts of type {kind!r} are not supported; only 'text' is".replace("{", "{{"),
+        )
+    if kind is None or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        raise ValueError("A part must be {'type': 'text', 'text': a string}")
+    return str(part["text"])
 
 
 def _is_id_list(value: Any) -> bool:

@@ -1,0 +1,1 @@
+"""The bundled base model, its tasks, and `weft demo`."""

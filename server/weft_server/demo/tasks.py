@@ -1,8 +1,9 @@
 """The demo's two finetuning tasks: routing of tickets and extraction of orders.
 
 Owns their texts, their split, their hyperparameters and the JSONL files in `data/`, which are written by
-`python -m weft_server.demo.tasks --out DIR` and shipped. Both answer in a form that the base has seen (a label, compact
-JSON) to prompts that it has not: without an adapter it only replies politely. Knows nothing of models and servers.
+`python -m weft_server.demo.tasks` and shipped. Both answer in a form that the base has seen (a label, compact
+JSON) to prompts that it has not: without an adapter it only replies politely. Knows nothing of models and
+servers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Train the bundled base model: `python -m weft_server.demo.train_base --out DIR`.
 
-Owns the tokenizer's training, the model's shape, the optimizer and its schedule, and the files that are written:
-a Hugging Face directory of a few megabytes with its provenance. The text comes from `corpus`, from one seed;
-nothing is downloaded and no other model is involved. This is a development tool: it needs `transformers`, which the
-server does not, and nothing of the server imports it.
+Owns the tokenizer's training, the model's shape, the optimizer and its schedule, and the files that are
+written: a Hugging Face directory of a few megabytes with its provenance. The text comes from `corpus`, from
+one seed; nothing is downloaded and no other model is involved. This is a development tool: it needs
+`transformers`, which the server does not, and nothing of the server imports it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -35,27 +36,27 @@ HELD_OUT_SEED = 20_001
 class TrainSettings:
     """Everything that decides the result besides the corpus.
 
-    `prompt_target_share` is the share of tokens outside the targets that are trained as well, drawn at random.
+    `prompt_target_share` is the share of tokens outside the targets that are trained as well, at random.
     """
 
     seed: int = 1
     vocab_size: int = 3072
     num_tokenizer_documents: int = 40_000
-    num_steps: int = 1600
-    step_tokens: int = 4096
+    num_steps: int = 1800
+    step_tokens: int = 2048
     row_tokens: int = 256
     long_row_tokens: int = 1024
-    num_long_steps: int = 120
+    num_long_steps: int = 100
     num_warmup_steps: int = 100
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     prompt_target_share: float = 0.1
-    num_threads: int = 2
+    num_threads: int = 1
 
 
 def train_tokenizer(settings: TrainSettings) -> Tokenizer:
-    """Train a byte-level BPE on the corpus: any text encodes, digits stand alone, special tokens come last."""
+    """Train a byte-level BPE on the corpus: any text encodes, digits stand alone, special tokens last."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -128,7 +129,7 @@ def mean_loss(model: LlamaForCausalLM, token_ids: torch.Tensor, marks: torch.Ten
 
 
 def make_optimizers(model: LlamaForCausalLM, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """Return Muon for the decoder's matrices and AdamW for embeddings and norms, on one learning-rate scale."""
+    """Return Muon for the decoder's matrices and AdamW for embeddings and norms, on one scale of rates."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(
@@ -149,13 +150,22 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
     return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def train(settings: TrainSettings, tokenizer: Tokenizer) -> LlamaForCausalLM:
+def in_dtype(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Convert `model` in place to `dtype`, switch it to evaluation and return it."""
+    nn.Module.to(model, dtype)
+    nn.Module.eval(model)
+    return model
+
+
+def train(settings: TrainSettings, wrapped: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """Train the base from scratch and return it in fp32 with bf16-representable weights.
 
     The last `num_long_steps` steps use rows as long as the context, so that every position has been trained.
     """
     torch.manual_seed(settings.seed)
+    tokenizer = wrapped.backend_tokenizer
     model = LlamaForCausalLM(model_config(settings, tokenizer))
+    probe = corpus.held_out_exchanges(HELD_OUT_SEED, num_per_task=3)
     optimizers = make_optimizers(model, settings)
     documents = corpus.training_documents(settings.seed)
     stream = marked_tokens(tokenizer, documents, Random(settings.seed), settings.prompt_target_share)
@@ -165,7 +175,7 @@ def train(settings: TrainSettings, tokenizer: Tokenizer) -> LlamaForCausalLM:
         is_long = step >= settings.num_steps - settings.num_long_steps
         row_tokens = settings.long_row_tokens if is_long else settings.row_tokens
         loss = mean_loss(model, *next_rows(stream, settings.step_tokens // row_tokens, row_tokens))
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -178,7 +188,10 @@ def train(settings: TrainSettings, tokenizer: Tokenizer) -> LlamaForCausalLM:
             recent_losses.clear()
             rate = (step + 1) * settings.step_tokens / (time.monotonic() - started)
             print(f"step {step + 1}/{settings.num_steps}  loss {recent:.4f}  {rate:.0f} tokens/s", flush=True)
-    return model.to(torch.bfloat16).float().eval()
+        if (step + 1) % 300 == 0:
+            accuracy = total(score_by_task(probe, greedy_answerer(model, wrapped))).accuracy
+            print(f"step {step + 1}: {accuracy:.0%} of {len(probe)} held-out prompts", flush=True)
+    return in_dtype(in_dtype(model, torch.bfloat16), torch.float32)
 
 
 def greedy_answerer(
@@ -195,7 +208,7 @@ def greedy_answerer(
         texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
         with torch.inference_mode():
-            output = model.generate(
+            output = cast(Any, model).generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 max_new_tokens=max_new_tokens,
@@ -218,7 +231,7 @@ def greedy_answerer(
 
 def wrap_tokenizer(tokenizer: Tokenizer, max_tokens: int) -> PreTrainedTokenizerFast:
     """Return the tokenizer with its chat template and special tokens, ready for `save_pretrained`."""
-    wrapped = PreTrainedTokenizerFast(
+    wrapped: PreTrainedTokenizerFast = cast(Any, PreTrainedTokenizerFast)(
         tokenizer_object=tokenizer,
         eos_token=corpus.TURN_END,
         pad_token=corpus.PADDING,
@@ -230,16 +243,24 @@ def wrap_tokenizer(tokenizer: Tokenizer, max_tokens: int) -> PreTrainedTokenizer
     return wrapped
 
 
+def name_portable_tokenizer_class(path: Path) -> None:
+    """Set the tokenizer class to the name that transformers 4 and 5 both know."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+
+
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, provenance: str) -> None:
-    """Write the Hugging Face directory: bf16 safetensors, configurations, tokenizer, chat template, README."""
+    """Write the Hugging Face directory: bf16 safetensors, configuration, tokenizer, template, README."""
     out.mkdir(parents=True, exist_ok=True)
-    model.generation_config = GenerationConfig(
+    model.generation_config = cast(Any, GenerationConfig)(
         do_sample=False,
         eos_token_id=[tokenizer.convert_tokens_to_ids(t) for t in (corpus.TURN_END, corpus.TEXT_END)],
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.to(torch.bfloat16).save_pretrained(out)
+    in_dtype(model, torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    name_portable_tokenizer_class(out / "tokenizer_config.json")
     (out / "README.md").write_text(provenance, encoding="utf-8")
 
 
@@ -253,18 +274,18 @@ def provenance_text(
     )
     return f"""# Weft demo base
 
-A Llama-architecture model of {num_parameters:,} parameters that ships with Weft. It answers short prompts of a small,
-closed world; it is a stand-in for a real base model, not an assistant.
+A Llama-architecture model of {num_parameters:,} parameters that ships with Weft. It answers short prompts of
+a small, closed world; it is a stand-in for a real base model, not an assistant.
 
-Licence: Apache-2.0, as Weft. Provenance: every training token was generated by `weft_server.demo.corpus` from one
-seed; no external text, model or tokenizer was used.
+Licence: Apache-2.0, as Weft. Provenance: every training token was generated by `weft_server.demo.corpus` from
+one seed; no external text, model or tokenizer was used.
 
     {command}
 
 Settings: `{json.dumps(asdict(settings))}`
 
-Trained on {settings.num_steps * settings.step_tokens:,} tokens in {wall_s / 60:.0f} minutes on a CPU with
-{settings.num_threads} threads (torch {torch.__version__}).
+Trained on {settings.num_steps * settings.step_tokens:,} tokens in {wall_s / 60:.0f} minutes on
+{settings.num_threads} CPU thread(s) of a machine that also did other work, torch {torch.__version__}.
 
 Greedy exact match on held-out prompts (none of them occurs in the training text): {overall.num_right} of
 {overall.num_asked}, {overall.accuracy:.1%}.
@@ -288,9 +309,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(settings.num_threads)
     started = time.monotonic()
     tokenizer = train_tokenizer(settings)
-    model = train(settings, tokenizer)
-    wall_s = time.monotonic() - started
     wrapped = wrap_tokenizer(tokenizer, settings.long_row_tokens)
+    model = train(settings, wrapped)
+    wall_s = time.monotonic() - started
     exchanges = corpus.held_out_exchanges(HELD_OUT_SEED, num_per_task=50)
     scores = score_by_task(exchanges, greedy_answerer(model, wrapped))
     for task, score in scores.items():

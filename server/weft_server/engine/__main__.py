@@ -1,12 +1,14 @@
-"""`python -m weft_server.engine`: sets how OpenMP's threads wait, which must precede the first import of torch."""
+"""`python -m weft_server.engine`: sets how OpenMP's threads wait, which must precede the first import of
+torch."""
 
 import os
 import sys
 
-# Threads that spin between parallel regions starve the API process on a machine of few cores, and threads that sleep
-# at once pay a wake-up per operator. A short spin does neither (`docs/decisions.md`, "OpenMP threads").
+# Threads that spin between parallel regions starve the API process on a machine of few cores, and threads
+# that sleep at once pay a wake-up per operator. A short spin does neither (`docs/decisions.md`, "OpenMP
+# threads").
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-from weft_server.engine.process import main  # noqa: E402 - after the environment is set
+from weft_server.engine.process import main
 
 sys.exit(main())

@@ -1,7 +1,7 @@
 """From a plan's segments to the tensors of one flat batch.
 
-Row order: decode rows (sorted by adapter slot), then prompt chunks, then finetuning windows. So one adapter's decode
-rows are neighbours, and all finetuning rows are contiguous.
+Row order: decode rows (sorted by adapter slot), then prompt chunks, then finetuning windows. So one adapter's
+decode rows are neighbours, and all finetuning rows are contiguous.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class PlacedSegment:
 
 @dataclass(frozen=True, slots=True)
 class FlatBatch:
-    """`token_ids` `[T]` int64; the first `num_decode` are placeholders that the runner fills from the device."""
+    """`token_ids` `[T]` int64; the first `num_decode` are placeholders that the runner fills from the
+    device."""
 
     token_ids: Tensor
     tokens: TokenBatch
@@ -114,7 +115,8 @@ def _place(segments: Sequence[Segment]) -> list[PlacedSegment]:
 def _attention(
     decode: Sequence[Segment], chunks: Sequence[AttentionChunk], device: torch.device
 ) -> AttentionBatch:
-    """Tables of unequal length are padded with the sequence's own first block: no row reads another's memory."""
+    """Tables of unequal length are padded with the sequence's own first block: no row reads another's
+    memory."""
     width = max((len(segment.block_ids) for segment in decode), default=0)
     tables = chain.from_iterable(
         (*s.block_ids, *(s.block_ids[0],) * (width - len(s.block_ids))) for s in decode

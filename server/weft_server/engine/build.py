@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -30,7 +31,7 @@ from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose
 from weft_server.model.config import ModelConfig
 from weft_server.model.decoder import Decoder
 from weft_server.model.fingerprint import base_fingerprint
-from weft_server.model.loading import load_weights
+from weft_server.model.loading import Quantization, load_weights
 from weft_server.model.weights import DecoderWeights
 from weft_server.protocol import EngineReady
 
@@ -68,7 +69,7 @@ def build_engine(
         model,
         device=device,
         dtype=dtype,
-        quantization=config.quantization,
+        quantization=cast(Quantization, config.quantization),
         low_memory=config.low_memory,
     )
     log.info("loaded %s in %.1f s", path, time.perf_counter() - started)
@@ -107,7 +108,7 @@ def assemble_engine(
     runner = Runner(
         decoder, cache, arena.table, max_num_seqs=limits.max_num_seqs, window_tokens=limits.window_tokens
     )
-    calibration = calibrate(decoder, runner, limits)
+    calibration = calibrate(runner, limits)
     targets = _targets(config, device, calibration.unloaded_decode_s)
     cost = CostModel()
     cost.calibrate(calibration.samples)
@@ -143,7 +144,7 @@ def assemble_engine(
         pipeline_depth=sizes.pipeline_depth,
         record_plan=record_plan,
     )
-    return BuiltEngine(engine, _announcement(config, weights, sizes, targets, base_fingerprint))
+    return BuiltEngine(engine, _announcement(weights, sizes, targets, base_fingerprint))
 
 
 def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: float) -> LatencyTargets:
@@ -158,7 +159,7 @@ def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: floa
 
 
 def _announcement(
-    config: EngineConfig, weights: DecoderWeights, sizes: Sizes, targets: LatencyTargets, fingerprint: str
+    weights: DecoderWeights, sizes: Sizes, targets: LatencyTargets, fingerprint: str
 ) -> EngineReady:
     limits = sizes.limits
     return EngineReady(

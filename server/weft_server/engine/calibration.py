@@ -1,4 +1,5 @@
-"""Measures the engine on this machine at start: a few seconds of synthetic iterations through the real runner.
+"""Measures the engine on this machine at start: a few seconds of synthetic iterations through the real
+runner.
 
 The samples seed the cost model; the unloaded decode time is the CPU's default latency target.
 """
@@ -15,7 +16,6 @@ from weft_scheduler.limits import Limits
 from weft_scheduler.plan import Segment, SegmentKind, StepPlan
 from weft_server.engine.runner import Runner
 from weft_server.engine.sequence import Sequence
-from weft_server.model.decoder import Decoder
 from weft_server.protocol import SamplingParams
 
 _MAX_SECONDS = 6.0
@@ -31,7 +31,7 @@ class Calibration:
     unloaded_decode_s: float
 
 
-def calibrate(decoder: Decoder, runner: Runner, limits: Limits) -> Calibration:
+def calibrate(runner: Runner, limits: Limits) -> Calibration:
     """Run decode batches and prompt chunks of growing size, until done or out of time."""
     deadline = time.perf_counter() + _MAX_SECONDS
     samples: list[tuple[PlanFeatures, float]] = []

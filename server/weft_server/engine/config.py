@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +21,9 @@ class EngineConfig:
     flight_record: str
     store_url: str
     data_dir: str
-    redis_volatile: bool = False
     device: str = "auto"
     dtype: str = "auto"
-    quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
+    quantization: str = "auto"
     low_memory: bool = False
     max_model_len: int | None = None
     max_num_seqs: int | None = None

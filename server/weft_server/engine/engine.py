@@ -1,11 +1,12 @@
-"""The engine: messages in, messages out, one iteration per `step`. Knows nothing of processes, sockets or HTTP.
+"""The engine: messages in, messages out, one iteration per `step`. Knows nothing of processes, sockets or
+HTTP.
 
     plan    = scheduler.plan(now)
     handle  = runner.submit(plan)
     events  = scheduler.commit(plan, handle.result())
 
-With a pipeline depth of one the host plans and prepares iteration n + 1 while the device runs n; with depth zero
-(CPUs, tests) the same code commits each iteration before it plans the next.
+With a pipeline depth of one the host plans and prepares iteration n + 1 while the device runs n; with depth
+zero (CPUs, tests) the same code commits each iteration before it plans the next.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class _InFlight:
 
 
 class Engine:
-    """One base model, one device, many tenants. Single-threaded: its owner calls everything from one thread."""
+    """One base model, one device, many tenants. Single-threaded: its owner calls everything from one
+    thread."""
 
     def __init__(
         self,
@@ -82,6 +84,9 @@ class Engine:
         self._outbox: list[FromEngine] = []
         self._iterations: deque[tuple[float, float]] = deque(maxlen=_KEPT_ITERATIONS)
         self._num_iterations = 0
+        self.ran = False
+        """Whether the last `step` computed anything; if not, there is no point in another before something
+        arrives."""
         self._counters = dict.fromkeys(_COUNTERS, 0.0)
 
     # ------------------------------------------------------------ messages
@@ -139,10 +144,12 @@ class Engine:
     # ------------------------------------------------------------ one iteration
 
     def step(self) -> list[FromEngine]:
-        """Run one iteration (or none, if there is nothing to do) and return what the API process must hear."""
+        """Run one iteration (or none, if there is nothing to do) and return what the API process must
+        hear."""
         self._poll()
         plan = self._scheduler.plan(self._clock())
         self._pager.carry_out(plan.memory)
+        self.ran = not plan.is_empty or bool(self._in_flight)
         if plan.is_empty:
             if self._in_flight:
                 self._commit(self._in_flight.popleft())
@@ -159,7 +166,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True if `step` should be called again without waiting for a message."""
+        """True while requests or jobs are unfinished (they may wait for something on its way)."""
         return bool(self._in_flight) or self._scheduler.has_work()
 
     @property

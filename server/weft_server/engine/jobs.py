@@ -1,7 +1,7 @@
 """Finetune jobs inside the engine: loading, stepping, checkpointing and publishing.
 
-Everything that reads or writes blobs, or parses and serializes, runs in a small thread pool; the engine loop only
-collects what is done. The loop's part of a job is between `start_step` and `finish_step`.
+Everything that reads or writes blobs, or parses and serializes, runs in a small thread pool; the engine loop
+only collects what is done. The loop's part of a job is between `start_step` and `finish_step`.
 """
 
 from __future__ import annotations
@@ -294,7 +294,7 @@ class JobManager:
         if dataset.max_token_id >= self._base.vocab_size:
             raise JobError(
                 "bad_dataset",
-                f"token id {dataset.max_token_id} is outside the model's vocabulary of {self._base.vocab_size}",
+                f"token id {dataset.max_token_id} is outside the vocabulary of {self._base.vocab_size}",
             )
         job = FinetuneJob(
             message.job_id,

@@ -1,6 +1,8 @@
-"""Carries out the scheduler's adapter decisions: fetch, load into the arena, evict. Bytes only; the policy is elsewhere.
+"""Carries out the scheduler's adapter decisions: fetch, load into the arena, evict. Bytes only; the policy is
+elsewhere.
 
-Fetching runs in the fetcher's threads. Loading is one contiguous copy: asynchronous on a GPU, a memory copy on a CPU.
+Fetching runs in the fetcher's threads. Loading is one contiguous copy: asynchronous on a GPU, a memory copy
+on a CPU.
 """
 
 from __future__ import annotations

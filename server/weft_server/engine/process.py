@@ -29,7 +29,7 @@ from weft_server.engine.jobs import BlobIO
 from weft_server.errors import WeftError
 from weft_server.flight_recorder import FlightRecorder
 from weft_server.protocol import EngineFailed, FromEngine, Shutdown, ToEngine
-from weft_server.store.opening import open_store
+from weft_server.store.opening import open_blobs
 from weft_server.transport import decode, encode
 
 log = logging.getLogger(__name__)
@@ -72,17 +72,18 @@ def main() -> int:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     sender = _Sender(context, config.send_address, config.epoch)
     try:
-        return _serve(config, context, sender)
+        with open_blobs(config.store_url, Path(config.data_dir)) as store:
+            return _serve(config, BlobIO(read=store.read_bytes, put=store.put), context, sender)
     finally:
         sender.close()
         context.destroy(linger=2000)
 
 
-def _serve(config: EngineConfig, context: zmq.Context[zmq.Socket[bytes]], sender: _Sender) -> int:
+def _serve(
+    config: EngineConfig, blobs: BlobIO, context: zmq.Context[zmq.Socket[bytes]], sender: _Sender
+) -> int:
     try:
-        store = open_store(config.store_url, Path(config.data_dir), redis_volatile=config.redis_volatile)
         recorder = FlightRecorder(Path(config.flight_record))
-        blobs = BlobIO(read=store.blobs.read_bytes, put=store.blobs.put)
         built = build_engine(config, blobs, record_plan=recorder.record)
     except WeftError as error:
         sender.send(EngineFailed(error.message, error.code or "engine_start_failed"))
@@ -117,11 +118,12 @@ def _loop(
 
 
 def _take(inbox: SimpleQueue[ToEngine], engine: Engine) -> list[ToEngine]:
-    """Everything that has arrived; waits for the first message when the engine has nothing to do."""
+    """Everything that has arrived; waits a little for the first message when the engine had nothing to do."""
     messages: list[ToEngine] = []
     try:
-        if not engine.has_work:
-            messages.append(inbox.get(timeout=_BUSY_POLL_S if engine.awaits_background else _IDLE_POLL_S))
+        if not engine.ran:
+            waits_for_work = engine.has_work or engine.awaits_background
+            messages.append(inbox.get(timeout=_BUSY_POLL_S if waits_for_work else _IDLE_POLL_S))
         while True:
             messages.append(inbox.get_nowait())
     except Empty:
@@ -158,4 +160,3 @@ def _exit_with_parent() -> None:
     while sys.stdin.read(1):
         pass
     os._exit(3)
-

@@ -33,8 +33,8 @@ _PROMPT_LOGPROB_ROWS = 256
 class RunResult:
     """What one iteration brought to the host.
 
-    `sampled` and `logprobs` are by sequence, `steps` by job (a report, or the error that ends the job), `failed`
-    names sequences whose logits were not finite. `elapsed_s` is the iteration's time on the device.
+    `sampled` and `logprobs` are by sequence, `steps` by job (a report, or the error that ends the job),
+    `failed` names sequences whose logits were not finite. `elapsed_s` is the iteration's time on the device.
     """
 
     sampled: dict[str, int] = field(default_factory=dict)
@@ -70,7 +70,8 @@ class StepHandle:
 
 
 class Runner:
-    """Owns what is on the device between iterations: sequences' newest tokens, packs in training, the cache."""
+    """Owns what is on the device between iterations: sequences' newest tokens, packs in training, the
+    cache."""
 
     def __init__(
         self, decoder: Decoder, cache: KvCache, table: LoraTable, *, max_num_seqs: int, window_tokens: int
@@ -134,7 +135,7 @@ class Runner:
             self._run_backward(item, jobs)
         event = None
         if self._decoder.device.type == "cuda":
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
 
         def collect() -> RunResult:
@@ -152,7 +153,8 @@ class Runner:
         return StepHandle(collect)
 
     def reads_uncollected_tokens(self, plan: StepPlan) -> bool:
-        """True if sampling this plan needs output tokens on the host that an iteration in flight still holds."""
+        """True if sampling this plan needs output tokens on the host that an iteration in flight still
+        holds."""
         return any(
             segment.samples
             and (sequence := self._sequences.get(segment.sequence_id))

@@ -30,7 +30,8 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Result for `S` rows, on the device: `token_ids` `[S]` int64, and `finite` `[S]` bool (the row's logits were)."""
+    """Result for `S` rows, on the device: `token_ids` `[S]` int64, and `finite` `[S]` bool (the row's logits
+    were)."""
 
     token_ids: Tensor
     finite: Tensor
@@ -59,7 +60,8 @@ def uniform(seed: int, choice_idx: int, position: int) -> float:
 
 
 def top_logprobs(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probabilities of `token_ids` `[S]` and of the `counts[i]` most likely tokens, from unprocessed logits."""
+    """Log-probabilities of `token_ids` `[S]` and of the `counts[i]` most likely tokens, from unprocessed
+    logits."""
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     chosen = log_probs.gather(1, token_ids.unsqueeze(1)).squeeze(1).tolist()
     k = min(max(counts), logits.shape[-1])
@@ -131,7 +133,8 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 
 def _filter_top(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Keep the `top_k` most likely tokens, then the smallest set of them whose probability reaches `top_p`."""
+    """Keep the `top_k` most likely tokens, then the smallest set of them whose probability reaches
+    `top_p`."""
     vocab_size, device = scores.shape[-1], scores.device
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor([min(row.params.top_k or vocab_size, vocab_size) for row in rows], device=device)

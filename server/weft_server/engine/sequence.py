@@ -1,4 +1,5 @@
-"""One choice being generated, as the engine keeps it: tokens and sampling state. Scheduling state is the scheduler's."""
+"""One choice being generated, as the engine keeps it: tokens and sampling state. Scheduling state is the
+scheduler's."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from weft_server.protocol import SamplingParams, TokenLogprob
 class Sequence:
     """Tokens of one request choice.
 
-    `prompt` and `output` are what is known on the host; `num_resumed` output tokens were sent before an engine
-    restart. `last_token_row` is its place in the device's buffer of newest tokens.
+    `prompt` and `output` are what is known on the host; `num_resumed` output tokens were sent before an
+    engine restart. `last_token_row` is its place in the device's buffer of newest tokens.
     """
 
     request_id: str

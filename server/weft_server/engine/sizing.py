@@ -1,4 +1,5 @@
-"""How much of everything: device, dtype and the sizes that the user left open, from free memory and the model's shape."""
+"""How much of everything: device, dtype and the sizes that the user left open, from free memory and the
+model's shape."""
 
 from __future__ import annotations
 
@@ -136,7 +137,7 @@ def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
         head_dim=model.head_dim,
         dtype=weights.dtype,
     )
-    cache_tokens = _cache_tokens(config, model, device, int(usable * defaults.cache_share) // kv_bytes)
+    cache_tokens = _cache_tokens(config, device, int(usable * defaults.cache_share) // kv_bytes)
     max_model_len = _max_model_len(config, model, cache_tokens)
     max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
     max_batch_tokens = config.max_batch_tokens or max(
@@ -177,7 +178,7 @@ def _usable_bytes(config: EngineConfig, device: torch.device) -> int:
     return max(0, free - int(total * (1 - config.gpu_memory_utilization)))
 
 
-def _cache_tokens(config: EngineConfig, model: ModelConfig, device: torch.device, affordable: int) -> int:
+def _cache_tokens(config: EngineConfig, device: torch.device, affordable: int) -> int:
     if config.kv_cache_tokens is not None:
         if config.kv_cache_tokens < 2 * BLOCK_SIZE:
             raise ConfigError(

@@ -14,8 +14,8 @@ from weft_kernels.lora import LoraBatch, LoraDropout
 class TokenBatch:
     """Positions, cache slots, attention and adapters of `T` rows.
 
-    `positions` `[T]` int64 are rotary positions; `slot_mapping` `[T]` int64 says where each row's key and value go
-    in the cache. `lora` is None when no row uses an adapter, `dropout` when no row drops out.
+    `positions` `[T]` int64 are rotary positions; `slot_mapping` `[T]` int64 says where each row's key and
+    value go in the cache. `lora` is None when no row uses an adapter, `dropout` when no row drops out.
     """
 
     positions: Tensor

@@ -1,9 +1,10 @@
 """The one decoder of all families: a frozen base with every tenant's adapter added where it applies.
 
-`forward_layer` computes a flat batch through one layer; `backward_layer` is its hand-written vector-Jacobian product
-for one window of finetuning rows. The base is frozen, so no linear layer needs its saved input and the backward
-recomputes what it needs from the layer's input and the cached keys and values: the down projection is never
-recomputed. Weights of adapters are read through the `LoraTable`; their gradients are added to flat vectors.
+`forward_layer` computes a flat batch through one layer; `backward_layer` is its hand-written vector-Jacobian
+product for one window of finetuning rows. The base is frozen, so no linear layer needs its saved input and
+the backward recomputes what it needs from the layer's input and the cached keys and values: the down
+projection is never recomputed. Weights of adapters are read through the `LoraTable`; their gradients are
+added to flat vectors.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ QKV, O, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)  # noqa: E741 - the field'
 
 @dataclass(frozen=True, slots=True)
 class KeyGradients:
-    """Accumulators of one pack's key and value gradients in the live layer, `[pack tokens, Hkv, D]` each, fp32 or wider.
+    """Accumulators of one pack's key and value gradients in the live layer, `[pack tokens, Hkv, D]` each,
+    fp32 or wider.
 
-    Chunk `i` of the window's attention batch adds to `[first_key[i], first_key[i] + num_keys)`; `rows` are the pack's
-    own tokens in the window: the ones whose accumulated gradient is complete once this window's chunks have added.
+    Chunk `i` of the window's attention batch adds to `[first_key[i], first_key[i] + num_keys)`; `rows` are
+    the pack's own tokens in the window: the ones whose accumulated gradient is complete once this window's
+    chunks have added.
     """
 
     d_k: Tensor
@@ -95,7 +98,8 @@ class Decoder:
         table: LoraTable,
         rotation: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """One layer over a flat batch `[T, hidden]`; writes its keys and values to the cache, then reads them."""
+        """One layer over a flat batch `[T, hidden]`; writes its keys and values to the cache, then reads
+        them."""
         weights = self.weights.layers[layer]
         x = self._norm(hidden, weights.input_norm)
         qkv = self._linear(weights.qkv, x, table, layer, QKV, self._qkv_widths, batch)
@@ -129,8 +133,8 @@ class Decoder:
     ) -> Tensor:
         """Vector-Jacobian product of one layer for one window of finetuning rows.
 
-        Later windows of the same packs must have been through this layer already: they have added the gradients of
-        the keys and values that they read.
+        Later windows of the same packs must have been through this layer already: they have added the
+        gradients of the keys and values that they read.
 
         Args:
             hidden: the layer's input `[T, hidden]`.
@@ -272,8 +276,8 @@ class Decoder:
 
     def _split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         head_dim = self.config.head_dim
-        qk, v = torch.split(qkv, (self._q_size + self._kv_size, self._kv_size), dim=-1)
-        return qk.unflatten(-1, (-1, head_dim)), v.unflatten(-1, (-1, head_dim))
+        num_rows, width = len(qkv), self._q_size + self._kv_size
+        return qkv[:, :width].view(num_rows, -1, head_dim), qkv[:, width:].view(num_rows, -1, head_dim)
 
     def _rotate(self, weights: LayerWeights, qk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         heads = self.config.num_heads
@@ -305,7 +309,8 @@ def _complete_rows(chunk_keys: Sequence[ChunkKeys], dtype: torch.dtype) -> tuple
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, d_y: Tensor, eps: float) -> Tensor:
-    """Cotangent of `x` for `y = weight · x / sqrt(mean(x²) + eps)` over the last axis; fp32 inside (fp64 stays fp64)."""
+    """Cotangent of `x` for `y = weight · x / sqrt(mean(x²) + eps)` over the last axis; fp32 inside (fp64
+    stays fp64)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     x_wide, d_hat = x.to(wide), d_y.to(wide) * weight.to(wide)
     inverse = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)

@@ -1,7 +1,7 @@
 """Rotary position embeddings (Su et al. 2021) and the scalings that published checkpoints use.
 
-A rotation is orthogonal up to the scaling's attention factor, so its backward is the same function with the sine
-negated: `apply_rope(d_y, cos, -sin)`.
+A rotation is orthogonal up to the scaling's attention factor, so its backward is the same function with the
+sine negated: `apply_rope(d_y, cos, -sin)`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class RotaryTable:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `[T, heads, D]` by `(cos, sin)` `[T, 1, D]`; halves are paired as in Hugging Face checkpoints."""
+    """Rotate `[T, heads, D]` by `(cos, sin)` `[T, 1, D]`; halves are paired as in Hugging Face
+    checkpoints."""
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + rotated * sin

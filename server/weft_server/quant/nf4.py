@@ -1,15 +1,21 @@
 """NF4 encoding: from a weight matrix to 4-bit codes with (doubly quantized) block scales.
 
 Owns the encoder; the format itself and its decoding belong to `weft_kernels.nf4`. The format is QLoRA's
-(arXiv:2305.14314) as bitsandbytes writes it: codes, block scales, their offset and second-level scales are
-bit-identical to its `quantize_4bit`. The 8-bit codes of the block scales are the nearest values exactly; its
-CPU library finds them through a table of 65,536 entries and so misses the nearest for about 0.2 % of them, by
-no more than an entry of that table.
+(arXiv:2305.14314) as bitsandbytes writes it on a CPU: codes, block scales, their offset, their 8-bit codes
+and second-level scales are bit-identical to its `quantize_4bit`, so that a model quantized here is the same
+model quantized there. (Encoding on a GPU may sum the mean of the scales, the offset, in another order.)
+
+That includes a peculiarity of the 8-bit codes. bitsandbytes finds them in a table of 65,536 entries, which
+amounts to rounding a scale to one of 65,536 levels before taking the nearest of the 256 values. So about
+0.2 % of the codes stand for a neighbour of the nearest value, and the seven values within half a level of
+zero are never used; what this adds to an error is at most one level, 3 · 10⁻⁵ of the group's largest centred
+scale. Taking the nearest value itself would gain nothing measurable and give one model two encodings.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels.nf4 import NESTED_BLOCK_SIZE, Nf4Weight
@@ -37,6 +43,8 @@ NF4_VALUES = (
 _QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_SCALE = 1e-38
 _CHUNK_ELEMENTS = 1 << 24
+# Levels on [-1, 1], both ends included, to which a scale is rounded before its 8-bit code is chosen.
+_NUM_SCALE_LEVELS = 1 << 16
 
 
 def nf4_map(device: torch.device | None = None) -> Tensor:
@@ -91,7 +99,7 @@ def quantize(weight: Tensor, *, block_size: int = 64, double: bool = True) -> Nf
         )
     offset = absmax.mean()
     nested_map = dynamic_map(weight.device)
-    absmax_codes, nested_absmax = _encode_blocks(absmax - offset, nested_map, NESTED_BLOCK_SIZE)
+    absmax_codes, nested_absmax = encode_scales(absmax - offset, nested_map)
     return Nf4Weight(
         codes=codes,
         shape=shape,
@@ -103,6 +111,32 @@ def quantize(weight: Tensor, *, block_size: int = 64, double: bool = True) -> Nf
         nested_offset=offset.expand(nested_absmax.shape[0]).contiguous(),
         nested_map=nested_map,
     )
+
+
+def encode_scales(centred: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes block scales to 8 bits in groups of 256, the last of which may be shorter.
+
+    A group's scales are divided by its largest magnitude, rounded to the nearest of 65,536 levels and given
+    the code of the value nearest to that level (the module docstring says why). Codes at a boundary between
+    two levels depend on the order of the operations, which is therefore bitsandbytes', in float32.
+
+    Args:
+        centred: [num_blocks] float32, finite; the scales less their mean.
+        values: [256] float32, ascending; what the codes stand for.
+
+    Returns:
+        The codes, [num_blocks] uint8, and each group's largest magnitude, [num_groups] float32.
+    """
+    num_blocks = centred.numel()
+    groups = F.pad(centred, (0, -num_blocks % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    group_absmax = groups.abs().amax(dim=1)
+    # A group of zeros has no reciprocal (0 · inf is NaN); its codes, which mean nothing, are 0.
+    normalized = (groups * (1.0 / group_absmax)[:, None]).nan_to_num(nan=-1.0).clamp_(-1, 1)
+    half = (_NUM_SCALE_LEVELS - 1) / 2
+    levels = ((normalized + 1) * half + 0.5).floor_() / half - 1
+    edges = (values[:-1] + values[1:]) / 2
+    codes = torch.bucketize(levels.view(-1)[:num_blocks], edges, out_int32=True).to(torch.uint8)
+    return codes, group_absmax
 
 
 def _encode_blocks(flat: Tensor, values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

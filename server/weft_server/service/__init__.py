@@ -1,0 +1,1 @@
+"""Use cases of the API process: no FastAPI, no tensors."""

@@ -20,6 +20,8 @@ import jinja2.sandbox
 
 from weft_server.errors import ConfigError, InvalidRequest
 
+RESERVED_VARIABLES = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
+
 
 class _GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}` marks assistant text for training tools.
@@ -61,25 +63,35 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as text; special tokens are written out, so encode it without adding any.
 
         Args:
             messages: `{"role", "content", …}` objects of plain JSON values.
             add_generation_prompt: whether to open the assistant's turn at the end.
-            variables: further template variables (`enable_thinking`, …).
+            variables: further template variables (`enable_thinking`, …); none of `RESERVED_VARIABLES`.
 
         Raises:
-            InvalidRequest: the template refuses this conversation (`raise_exception`), or fails on it.
+            InvalidRequest: a reserved variable, or a conversation that the template refuses or fails on.
         """
-        context = {**self._special_tokens, **variables}
-        try:
-            return self._template.render(
-                **{"tools": None, "documents": None, **context},
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
+        reserved = sorted(RESERVED_VARIABLES & set(variables or ()))
+        if reserved:
+            raise InvalidRequest(
+                f"'chat_template_kwargs' must not set {', '.join(map(repr, reserved))}.",
+                param="chat_template_kwargs",
+                code="invalid_value",
             )
+        context = {
+            **self._special_tokens,
+            "tools": None,
+            "documents": None,
+            **(variables or {}),
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._template.render(context)
         except (
             jinja2.TemplateError,
             TypeError,

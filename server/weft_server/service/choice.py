@@ -57,7 +57,7 @@ class ChoiceOutput:
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that is repeated in front of the answer: its text, ids, and the character each id starts at."""
+    """A prompt repeated in front of the answer: its text, its ids, and the character each id starts at."""
 
     text: str
     ids: list[int]
@@ -155,8 +155,8 @@ class ChoiceText:
         return 0 if self._echo is None else len(self._echo.text)
 
     def _take_echo(self, delta: ChoiceDelta) -> tuple[str, list[ScoredToken]]:
-        """The echoed prompt, once; with logprobs, in the delta that brings them."""
-        if self._echo is None or self._is_echoed or not (delta.token_ids or delta.finish_reason):
+        """The echoed prompt, in the first delta, which brings its logprobs."""
+        if self._echo is None or self._is_echoed:
             return "", []
         self._is_echoed = True
         tokens: list[ScoredToken] = []

@@ -1,8 +1,9 @@
-"""The API process's side of the engine: starts it, watches it, restarts it, and hides a restart from those it can.
+"""The API process's side of the engine: starts it, watches it, restarts it, and hides a restart from those it
+can.
 
 Implements `EnginePort` over two ZeroMQ sockets per engine process. When an engine dies, open generations are
-submitted once more to its successor with the tokens already sent as their prefix; a request that was in the plan at
-two deaths fails alone. Jobs are the job service's: it hears of every restart before anything is sent.
+submitted once more to its successor with the tokens already sent as their prefix; a request that was in the
+plan at two deaths fails alone. Jobs are the job service's: it hears of every restart before anything is sent.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ _RETRY_AFTER_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class EngineLaunch:
-    """How to start an engine process: `arguments(epoch, receive, send, flight_record)` is its command line's JSON."""
+    """How to start an engine process: `arguments(epoch, receive, send, flight_record)` is its command line's
+    JSON."""
 
     config_json: Callable[[int, str, str, Path], str]
     run_dir: Path
@@ -49,7 +51,8 @@ class EngineLaunch:
 
 @dataclass(slots=True)
 class _Stream:
-    """One open generation: the request as first sent, what came back, and how often it was in a fatal plan."""
+    """One open generation: the request as first sent, what came back, and how often it was in a fatal
+    plan."""
 
     request: protocol.Generate
     queue: asyncio.Queue[protocol.ChoiceDelta | WeftError]
@@ -138,7 +141,10 @@ class EngineClient:
         if self.ready:
             return None
         if self._given_up:
-            return f"the engine died {_MAX_DEATHS} times within {_DEATH_WINDOW_S:.0f} s; see the log and restart the server"
+            return (
+                f"the engine died {_MAX_DEATHS} times within {_DEATH_WINDOW_S:.0f} s; "
+                "see the log and restart the server"
+            )
         return (
             "the engine is loading the base model"
             if self._epoch <= 1
@@ -290,7 +296,7 @@ class EngineClient:
             receiver.cancel()
             watcher.cancel()
             await asyncio.gather(receiver, watcher, return_exceptions=True)
-            if self._stopping:
+            if self._is_stopping():
                 return
             if self._info is None:
                 self._start_error = self._start_error or EngineStartFailed(
@@ -299,6 +305,9 @@ class EngineClient:
                 self._first_ready.set()
                 self._given_up = True
                 return
+
+    def _is_stopping(self) -> bool:
+        return self._stopping
 
     async def _spawn(self) -> _Process:
         self._epoch += 1
@@ -324,7 +333,8 @@ class EngineClient:
         return _Process(self._epoch, process, to_engine, from_engine, flight_record, time.monotonic())
 
     async def _bury(self, process: _Process) -> set[str]:
-        """Count a death, settle what cannot go on, and return the ids that were in the dead engine's last plan."""
+        """Count a death, settle what cannot go on, and return the ids that were in the dead engine's last
+        plan."""
         suspects = read_flight_record(process.flight_record)
         process.close()
         self.num_restarts += 1

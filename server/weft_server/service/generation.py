@@ -19,6 +19,7 @@ from weft_server.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from weft_server.metrics import Metrics
 from weft_server.protocol import ChoiceDelta, EngineReady, FinishReason, Generate
 from weft_server.service.choice import ChoiceOutput, ChoiceText, Echo, ScoredToken
+from weft_server.service.choice_timer import ChoiceTimer
 from weft_server.service.detokenizer import new_detokenizer
 from weft_server.service.engine_port import EnginePort
 from weft_server.service.merge import merge
@@ -192,11 +193,10 @@ class GenerationService:
         info = self._engine_info()
         _check_num_choices(1, num_choices)
         resolved = await self._models.resolve(tenant, model)
-        variables = dict(template_variables or {})
         num_chars = sum(len(str(message.get("content"))) for message in messages)
         ids = await _in_thread_if(
             num_chars > _THREAD_THRESHOLD_CHARS,
-            lambda: self._tokenizer.encode_chat(messages, add_generation_prompt=True, **variables),
+            lambda: self._tokenizer.encode_chat(messages, variables=template_variables),
         )
         if not ids:
             raise InvalidRequest(
@@ -280,7 +280,7 @@ class GenerationService:
         if not choice.needs_engine:
             yield text.add(ChoiceDelta(choice.message.request_id, [], finish_reason="length"))
             return
-        timer = _ChoiceTimer(self._metrics, tenant, self._clock)
+        timer = ChoiceTimer(self._metrics, tenant, self._clock)
         try:
             async with aclosing(self._engine.generate(choice.message)) as deltas:
                 async for delta in deltas:
@@ -359,48 +359,6 @@ class GenerationService:
             self._num_open[tenant] -= num_choices
             if not self._num_open[tenant]:
                 del self._num_open[tenant]
-
-
-class _ChoiceTimer:
-    """Latencies and outcome of one choice, reported once."""
-
-    def __init__(self, metrics: Metrics, tenant: str, clock: Callable[[], float]) -> None:
-        self._metrics = metrics
-        self._tenant = tenant
-        self._clock = clock
-        self._start = clock()
-        self._first: float | None = None
-        self._last = self._start
-        self._num_tokens = 0
-        self._ended = False
-
-    def tokens(self, num_tokens: int) -> None:
-        if not num_tokens:
-            return
-        now = self._clock()
-        interval_s: float | None = now - self._last
-        if self._first is None:
-            self._first = now
-            interval_s = None
-            self._metrics.first_token(now - self._start)
-        self._metrics.tokens_generated(self._tenant, num_tokens, interval_s)
-        self._last = now
-        self._num_tokens += num_tokens
-
-    def finished(self, reason: str) -> None:
-        self._ended = True
-        first_s = None if self._first is None else self._first - self._start
-        self._metrics.choice_finished(
-            self._tenant, reason, self._num_tokens, first_s, self._clock() - self._start
-        )
-
-    def failed(self, code: str) -> None:
-        self._ended = True
-        self._metrics.choice_failed(self._tenant, code)
-
-    def aborted_unless_ended(self) -> None:
-        if not self._ended:
-            self.finished("abort")
 
 
 def _check_num_choices(num_prompts: int, num_choices: int) -> None:

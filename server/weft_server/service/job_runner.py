@@ -12,10 +12,10 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 from weft_server import protocol
 from weft_server.errors import WeftError
@@ -24,22 +24,18 @@ from weft_server.service import hyperparameters, job_updates
 from weft_server.service.adapter_versions import ADAPTER_KIND, version_counter
 from weft_server.service.engine_port import EnginePort, JobMessage
 from weft_server.service.job_records import Job, JobError, message_event
-from weft_server.service.job_table import JobChange, JobTable
+from weft_server.service.job_table import JobTable
 from weft_server.service.job_updates import JobUpdate
 from weft_server.service.job_validation import read_training_file
+from weft_server.service.job_writer import JobWriter, TimedChange, retrying
 from weft_server.service.leases import DEFAULT_LEASE_S, needs_renewal, released, renewed, try_acquire
 from weft_server.service.tokenizer import Tokenizer
 from weft_server.store.base import BlobMissing, BlobStore, RecordStore, StoreUnavailable
 
 MAX_CONCURRENT_VALIDATIONS = 2
-_FIRST_RETRY_S = 0.1
-_MAX_RETRY_S = 5.0
 _CLOSE_TIMEOUT_S = 5.0
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
-TimedChange: TypeAlias = Callable[[Job, float], JobUpdate | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -88,10 +84,10 @@ class JobRunner:
         self._blobs = blobs
         self._engine = engine
         self._tokenizer = tokenizer
-        self._metrics = metrics
         self._exclusive_store = exclusive_store
         self._lease_s = lease_s
         self._jobs = JobTable(records)
+        self._writer = JobWriter(records, metrics, self.owner)
         self._runs: dict[str, _Run] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
@@ -133,7 +129,7 @@ class JobRunner:
         for run in runs:
             with suppress(StoreUnavailable):
                 await asyncio.to_thread(
-                    self._jobs.update, run.tenant, run.job_id, self._fenced(run.epoch, _release)
+                    self._jobs.update, run.tenant, run.job_id, self._writer.fenced(run.epoch, _release)
                 )
             self._forget(run)
         for task in self._tasks:
@@ -169,8 +165,10 @@ class JobRunner:
             await self._abandon(run)
             return
         if needs_renewal(lease, now=now, duration_s=self._lease_s):
-            renewal = replace(job, lease=renewed(lease, now=now, duration_s=self._lease_s)).lease
-            change = self._fenced(run.epoch, lambda current, _: JobUpdate(replace(current, lease=renewal)))
+            renewal = renewed(lease, now=now, duration_s=self._lease_s)
+            change = self._writer.fenced(
+                run.epoch, lambda current, _: JobUpdate(replace(current, lease=renewal))
+            )
             await asyncio.to_thread(self._jobs.update, run.tenant, run.job_id, change)
         if not run.is_sent:
             await self._send(run)
@@ -214,7 +212,7 @@ class JobRunner:
 
     async def _validate(self, run: _Run, job: Job) -> None:
         async with self._validations:
-            dataset = await self._retrying(
+            dataset = await retrying(
                 lambda: read_training_file(self._blobs, self._tokenizer, job, cancelled=run.abandoned.is_set)
             )
         if dataset is None:
@@ -336,10 +334,10 @@ class JobRunner:
                 await self._write_progress(run, [message])
 
     async def _publish(self, run: _Run, message: protocol.JobSucceeded) -> None:
-        job = await self._retrying(lambda: self._jobs.get(run.tenant, run.job_id))
+        job = await retrying(lambda: self._jobs.get(run.tenant, run.job_id))
         assert job is not None, "jobs are never deleted"
         name = job.adapter_name
-        number = await self._retrying(lambda: self._records.next_number(version_counter(run.tenant, name)))
+        number = await retrying(lambda: self._records.next_number(version_counter(run.tenant, name)))
 
         def change(job: Job, now: float) -> JobUpdate | None:
             current = self._records.get(ADAPTER_KIND, job.tenant, name)
@@ -357,38 +355,8 @@ class JobRunner:
         await self._persist(run, lambda job, now: job_updates.failed(job, error, now=now))
         self._forget(run)
 
-    # ------------------------------------------------------------ writing
-
-    def _fenced(self, epoch: int, change: TimedChange) -> JobChange:
-        """`change`, unless the lease is no longer this server's in this epoch."""
-
-        def fenced(job: Job) -> JobUpdate | None:
-            lease = job.lease
-            if lease is None or not lease.held_by(self.owner) or lease.epoch != epoch:
-                return None
-            return change(job, self._records.now())
-
-        return fenced
-
     async def _persist(self, run: _Run, change: TimedChange) -> Job | None:
-        """Change the job as its owner, waiting as long as the store is away; None if nothing was changed."""
-        fenced = self._fenced(run.epoch, change)
-        job = await self._retrying(lambda: self._jobs.update(run.tenant, run.job_id, fenced))
-        if job is not None and job.is_final:
-            self._metrics.job_finished(job.tenant, job.status)
-            if job.status == "succeeded":
-                self._metrics.adapter_published(job.tenant, "job")
-        return job
-
-    async def _retrying(self, call: Callable[[], Result]) -> Result:
-        delay_s = _FIRST_RETRY_S
-        while True:
-            try:
-                return await asyncio.to_thread(call)
-            except StoreUnavailable as error:
-                logger.warning("store away, trying again: %s", error.message)
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, _MAX_RETRY_S)
+        return await self._writer.persist(run.tenant, run.job_id, run.epoch, change)
 
     # ------------------------------------------------------------ tasks
 

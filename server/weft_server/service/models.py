@@ -87,7 +87,10 @@ class ModelService:
     async def list(self, tenant: str) -> list[ModelCard]:
         """The base, then the tenant's adapters, newest first."""
         records = await asyncio.to_thread(self._records.list, ADAPTER_KIND, tenant)
-        return [self._base_card(), *(self._adapter_card(record.id, record.value) for record in records)]
+        return [
+            self._base_card(),
+            *(self._adapter_card(tenant, record.id, record.value) for record in records),
+        ]
 
     async def get(self, tenant: str, model: str) -> ModelCard:
         """One entry of the list, or of one version (`name@3`).
@@ -100,7 +103,7 @@ class ModelService:
         await self.resolve(tenant, model)
         name, _, version = model.partition("@")
         value = await self._adapter_value(tenant, name, model)
-        return self._adapter_card(name, value, version or None)
+        return self._adapter_card(tenant, name, value, version or None)
 
     async def _adapter_value(self, tenant: str, name: str, model: str) -> dict[str, Any]:
         key = (tenant, name)
@@ -123,11 +126,13 @@ class ModelService:
     def _base_card(self) -> ModelCard:
         return ModelCard(self._base_name, self._base_created, "weft", self._base_name, None)
 
-    def _adapter_card(self, name: str, value: dict[str, Any], version: str | None = None) -> ModelCard:
+    def _adapter_card(
+        self, tenant: str, name: str, value: dict[str, Any], version: str | None = None
+    ) -> ModelCard:
         shown = version or str(value["newest"])
         created = value["versions"][shown]["created_at"] if version else value["created_at"]
         model_id = f"{name}@{version}" if version else name
-        return ModelCard(model_id, int(created), "tenant", f"{name}@{shown}", self._base_name)
+        return ModelCard(model_id, int(created), tenant, f"{name}@{shown}", self._base_name)
 
 
 def adapter_ref(stored: dict[str, Any]) -> AdapterRef:

@@ -54,9 +54,10 @@ class Tokenizer:
         self.chat_template = (
             None if chat_template is None else ChatTemplate(chat_template, self.special_tokens)
         )
-        self.special_ids = frozenset(
-            idx for idx, token in backend.get_added_tokens_decoder().items() if token.special
-        )
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(idx for idx, token in added.items() if token.special)
+        # Asked for an added token, the library may answer with its normalized spelling instead.
+        self._added_spellings = {idx: token.content for idx, token in added.items()}
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self.cuts_characters = _decoder_has(backend, b"ByteLevel")
         self.has_byte_fallback = _decoder_has(backend, b"ByteFallback")
@@ -112,7 +113,11 @@ class Tokenizer:
         return list(encoding.ids), starts
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Render a conversation with the chat template and encode it; the template writes the special tokens.
 
@@ -126,7 +131,9 @@ class Tokenizer:
                 param="messages",
                 code="no_chat_template",
             )
-        text = self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        text = self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, variables=variables
+        )
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -143,8 +150,8 @@ class Tokenizer:
 
     def id_to_token(self, token_id: int) -> str | None:
         """The tokenizer's own spelling of an id; None for ids that pad the vocabulary."""
-        found: str | None = self._backend.id_to_token(token_id)
-        return found
+        found: str | None = self._added_spellings.get(token_id)
+        return self._backend.id_to_token(token_id) if found is None else found
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that a token stands for inside a text; perhaps a part of a character. Cached."""

@@ -23,11 +23,11 @@ class StoreUnavailable(Unavailable):
     default_code = "store_unavailable"
 
 
-class StaleRecord(Exception):  # noqa: N818
+class StaleRecord(Exception):
     """A compare-and-set lost: the record changed, vanished or already existed. Nothing was applied."""
 
 
-class BlobMissing(Exception):  # noqa: N818
+class BlobMissing(Exception):
     """No blob of this id, or its bytes no longer match its id (corruption)."""
 
 

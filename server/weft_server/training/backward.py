@@ -1,8 +1,10 @@
-"""Layer-major windowed backward: executes the slices of a wave in whatever portions the scheduler hands them out.
+"""Layer-major windowed backward: executes the slices of a wave in whatever portions the scheduler hands them
+out.
 
-A slice is one (layer, window) of all packs in the wave. Their rows form one flat batch, so packs of several jobs share
-every base GEMM and every LoRA call; each pack keeps its own cotangent (`Pack.d_hidden`, overwritten in place) and its
-own key/value gradient accumulators of the live layer. Cutting the work at any slice changes nothing but time.
+A slice is one (layer, window) of all packs in the wave. Their rows form one flat batch, so packs of several
+jobs share every base GEMM and every LoRA call; each pack keeps its own cotangent (`Pack.d_hidden`,
+overwritten in place) and its own key/value gradient accumulators of the live layer. Cutting the work at any
+slice changes nothing but time.
 """
 
 from __future__ import annotations
@@ -103,8 +105,10 @@ class WindowedBackward:
             first = window * self._window_tokens
             end = min(first + self._window_tokens, pack.num_tokens)
             spans.append((placement, first, end))
-            for chunk in pack.chunks(first, end, row, placement.block_table, block_size):
-                chunks.append((placement, chunk))
+            chunks += [
+                (placement, chunk)
+                for chunk in pack.chunks(first, end, row, placement.block_table, block_size)
+            ]
             lora_runs.append((placement.adapter_slot, row, end - first))
             tokens = torch.arange(first, end, device=placement.block_table.device)
             slots.append(placement.block_table[tokens // block_size] * block_size + tokens % block_size)
@@ -136,7 +140,8 @@ class WindowedBackward:
 def training_dropout(
     spans: Sequence[tuple[Pack, int, int]], first_row: int, num_rows: int, device: torch.device
 ) -> LoraDropout | None:
-    """Dropout of a flat batch of `num_rows` rows whose finetuning spans start at `first_row`, or None if none drops."""
+    """Dropout of a flat batch of `num_rows` rows whose finetuning spans start at `first_row`, or None if none
+    drops."""
     if not any(pack.dropout_p > 0 for pack, _, _ in spans):
         return None
     p = torch.zeros(num_rows, dtype=torch.float32, device=device)

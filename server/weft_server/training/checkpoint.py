@@ -1,6 +1,7 @@
 """Job checkpoints: everything that a resumed job needs to continue exactly, as one safetensors blob.
 
-Data order and dropout are pure functions of (seed, step), so the step number is the whole data cursor and random state.
+Data order and dropout are pure functions of (seed, step), so the step number is the whole data cursor and
+random state.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tokenized datasets and the order in which a job sees them.
 
-A dataset is a safetensors blob, made when the job was validated, with `tokens` int32 `[total]`, `targets` uint8
-`[total]` (1 where the token is to be predicted), `offsets` int64 `[n + 1]` and `lines` int32 `[n]` (the 1-based line
-of the JSONL file that each example came from).
+A dataset is a safetensors blob, made when the job was validated, with `tokens` int32 `[total]`, `targets`
+uint8 `[total]` (1 where the token is to be predicted), `offsets` int64 `[n + 1]` and `lines` int32 `[n]` (the
+1-based line of the JSONL file that each example came from).
 """
 
 from __future__ import annotations

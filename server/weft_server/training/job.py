@@ -1,7 +1,7 @@
 """A finetune job in the engine: its data order, its adapter's training state, and its optimizer steps.
 
-A step is a set of examples fixed before any packing. The job makes the step's packs, the engine runs them, and
-`finish_step` updates the adapter once every pack's gradient has been added.
+A step is a set of examples fixed before any packing. The job makes the step's packs, the engine runs them,
+and `finish_step` updates the adapter once every pack's gradient has been added.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class StepReport:
 class FinetuneJob:
     """Training state of one job. Not thread-safe: the engine loop owns it.
 
-    `adapter` is the packed fp32 adapter that training starts from; its flat weights become the optimizer's master.
+    `adapter` is the packed fp32 adapter that training starts from; its flat weights become the optimizer's
+    master.
     """
 
     def __init__(
@@ -113,7 +114,8 @@ class FinetuneJob:
         """Check the step's losses, update the adapter, and report.
 
         Raises:
-            JobError: a loss or the gradient is NaN or infinite; the adapter is as it was after the previous step.
+            JobError: a loss or the gradient is NaN or infinite; the adapter is as it was after the previous
+            step.
         """
         loss = self._summed_loss()
         num_targets = sum(pack.num_targets for pack in self._packs)

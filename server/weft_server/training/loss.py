@@ -1,4 +1,5 @@
-"""The loss head: summed cross-entropy of a window and its gradient, without a vocabulary-wide tensor that outlives a chunk."""
+"""The loss head: summed cross-entropy of a window and its gradient, without a vocabulary-wide tensor that
+outlives a chunk."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from weft_server.training.data import IGNORED
 
 @dataclass(frozen=True, slots=True)
 class WindowLoss:
-    """Of `T` rows: `loss` `[T]` negative log-likelihoods (0 where not trained), `correct` `[T]` bool (the most likely
-    token is the label), `d_hidden` `[T, hidden]` the gradient of the SUM of the losses."""
+    """Of `T` rows: `loss` `[T]` negative log-likelihoods (0 where not trained), `correct` `[T]` bool (the
+    most likely token is the label), `d_hidden` `[T, hidden]` the gradient of the SUM of the losses."""
 
     loss: Tensor
     correct: Tensor

@@ -1,7 +1,8 @@
-"""Packs: the examples of one optimizer step, concatenated; and the tensors that one pack keeps until its backward ends.
+"""Packs: the examples of one optimizer step, concatenated; and the tensors that one pack keeps until its
+backward ends.
 
-Packing only partitions a step's examples: attention never crosses examples, positions restart at every example, and
-gradients are sums, so how examples are packed changes nothing but speed.
+Packing only partitions a step's examples: attention never crosses examples, positions restart at every
+example, and gradients are sums, so how examples are packed changes nothing but speed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from weft_server.training.data import IGNORED, Example
 
 
 def plan_packs(lengths: Sequence[int], max_pack_tokens: int) -> list[list[int]]:
-    """Split examples, in order, into packs of at most `max_pack_tokens` tokens (a longer example is alone in its pack)."""
+    """Split examples, in order, into packs of at most `max_pack_tokens` tokens (a longer example is alone in
+    its pack)."""
     packs: list[list[int]] = []
     room = 0
     for idx, length in enumerate(lengths):
@@ -33,9 +35,9 @@ def plan_packs(lengths: Sequence[int], max_pack_tokens: int) -> list[list[int]]:
 class Pack:
     """One pack of a job's current step, from its first forward window to the end of its backward.
 
-    `n` is its number of tokens. `token_ids`, `positions` and `labels` are `[n]` int64 on the device; `starts` are the
-    first tokens of its examples, with `n` appended. `layer_inputs` `[L, n, hidden]` and `d_hidden` `[n, hidden]` (the
-    cotangent at the backward cursor) live from the first window on.
+    `n` is its number of tokens. `token_ids`, `positions` and `labels` are `[n]` int64 on the device; `starts`
+    are the first tokens of its examples, with `n` appended. `layer_inputs` `[L, n, hidden]` and `d_hidden`
+    `[n, hidden]` (the cotangent at the backward cursor) live from the first window on.
     """
 
     pack_id: str
@@ -78,7 +80,8 @@ class Pack:
         self.d_keys.clear()
 
     def key_gradients(self, layer: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """This layer's key and value gradient accumulators, `[n, Hkv, D]` each; only one layer's are alive."""
+        """This layer's key and value gradient accumulators, `[n, Hkv, D]` each; only one layer's are
+        alive."""
         if layer not in self.d_keys:
             self.d_keys.clear()
             reference = self.d_hidden
@@ -95,7 +98,8 @@ class Pack:
     def chunks(
         self, first: int, end: int, row_start: int, block_table: Tensor, block_size: int
     ) -> list[PackChunk]:
-        """Attention chunks of tokens `[first, end)` at batch row `row_start`: one per example that they touch."""
+        """Attention chunks of tokens `[first, end)` at batch row `row_start`: one per example that they
+        touch."""
         chunks = []
         for start, stop in zip(self.starts[:-1], self.starts[1:], strict=True):
             begin, until = max(start, first), min(stop, end)
@@ -159,7 +163,8 @@ def make_pack(
 
 
 def _dropout_keys(seed: int, step: int, example_ids: Tensor, positions: Tensor) -> Tensor:
-    """A 63-bit key per token from (job seed, step, example, position), so that recomputation redraws the same mask."""
+    """A 63-bit key per token from (job seed, step, example, position), so that recomputation redraws the same
+    mask."""
     base = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**62
     mixed = base + example_ids * 0x1F123BB5 * 0x1000003 + positions * 0x5851F42D
     mixed = mixed ^ (mixed >> 31)

@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 import uvicorn
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
 from weft_server import protocol
 from weft_server.api.app import create_app
 from weft_server.config import Settings, load_settings

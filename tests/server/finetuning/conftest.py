@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
@@ -18,14 +21,10 @@ import openai
 import pytest
 import tokenizers
 import uvicorn
-from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from weft_server import protocol
-from weft_server.api import adapters as adapters_api
-from weft_server.api import files as files_api
-from weft_server.api import jobs as jobs_api
-from weft_server.api.app import ROUTERS, create_app
+from weft_server.api.app import create_app
 from weft_server.config import load_settings
 from weft_server.errors import InvalidRequest, Unavailable
 from weft_server.metrics import Metrics
@@ -123,7 +122,7 @@ def _blob_id(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
-def progress(start: protocol.StartJob, step: int, **changes: Any) -> protocol.JobProgress:
+def make_progress(start: protocol.StartJob, step: int, **changes: Any) -> protocol.JobProgress:
     message = protocol.JobProgress(
         job_id=start.job_id,
         lease_epoch=start.lease_epoch,
@@ -143,7 +142,7 @@ def _message(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
-def chat_lines(count: int = 3) -> bytes:
+def make_chat_lines(count: int = 3) -> bytes:
     rows = [
         {
             "messages": [
@@ -170,6 +169,18 @@ def tokenizer() -> Tokenizer:
     )
     backend.train_from_iterator(["user assistant system count to one two three"], trainer)
     return Tokenizer(backend, special_tokens={"eos_token": "<|im_end|>"}, chat_template=CHATML)
+
+
+@pytest.fixture
+def progress() -> Callable[..., protocol.JobProgress]:
+    """One finished step of a started job."""
+    return make_progress
+
+
+@pytest.fixture
+def chat_lines() -> Callable[..., bytes]:
+    """A training file of so many conversations."""
+    return make_chat_lines
 
 
 @dataclass
@@ -215,37 +226,64 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.005)
 
 
+def _make_kit(store: Store, tokenizer: Tokenizer) -> Kit:
+    def server(
+        *,
+        exclusive_store: bool = True,
+        records: Any = None,
+        adapter_root: Path | None = None,
+        **options: Any,
+    ) -> Server:
+        engine = ScriptedEngine()
+        metrics = Metrics(BASE)
+        chosen = store.records if records is None else records
+        adapters = AdapterService(
+            chosen, store.blobs, engine, metrics, base_name=BASE, adapter_root=adapter_root
+        )
+        jobs = JobService(
+            chosen,
+            store.blobs,
+            engine,
+            tokenizer,
+            adapters,
+            metrics,
+            base_name=BASE,
+            exclusive_store=exclusive_store,
+            **options,
+        )
+        return Server(store, engine, FileService(chosen, store.blobs), adapters, jobs, metrics)
+
+    return Kit(BASE, INFO, store, tokenizer, make_progress, make_chat_lines, run_async, until, server)
+
+
 @pytest.fixture
 def kit(tmp_path: Path, tokenizer: Tokenizer) -> Iterator[Kit]:
+    """Servers over one embedded store."""
     with open_store("sqlite", tmp_path / "data") as store:
+        yield _make_kit(store, tokenizer)
 
-        def server(
-            *,
-            exclusive_store: bool = True,
-            records: Any = None,
-            adapter_root: Path | None = None,
-            **options: Any,
-        ) -> Server:
-            engine = ScriptedEngine()
-            metrics = Metrics(BASE)
-            chosen = store.records if records is None else records
-            adapters = AdapterService(
-                chosen, store.blobs, engine, metrics, base_name=BASE, adapter_root=adapter_root
-            )
-            jobs = JobService(
-                chosen,
-                store.blobs,
-                engine,
-                tokenizer,
-                adapters,
-                metrics,
-                base_name=BASE,
-                exclusive_store=exclusive_store,
-                **options,
-            )
-            return Server(store, engine, FileService(chosen, store.blobs), adapters, jobs, metrics)
 
-        yield Kit(BASE, INFO, store, tokenizer, progress, chat_lines, run_async, until, server)
+@pytest.fixture
+def redis_kit(tmp_path: Path, tokenizer: Tokenizer) -> Iterator[Kit]:
+    """Servers over one real redis-server."""
+    program = shutil.which("redis-server")
+    if program is None:
+        if os.environ.get("CI"):
+            pytest.fail("redis-server is not installed")
+        pytest.skip("redis-server is not installed")
+    address = tmp_path / "redis.sock"
+    options = ("--port", "0", "--unixsocket", str(address), "--dir", str(tmp_path), "--appendonly", "yes")
+    process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 10
+        while not address.exists():
+            assert time.monotonic() < deadline, "redis-server did not start"
+            time.sleep(0.01)
+        with open_store(f"unix://{address}", tmp_path / "data") as store:
+            yield _make_kit(store, tokenizer)
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 @dataclass
@@ -272,14 +310,6 @@ class Live:
         while not condition():
             assert time.monotonic() < deadline, "nothing happened for 10 s"
             time.sleep(0.005)
-
-
-def _app(services: Services) -> FastAPI:
-    app = create_app(services)
-    for module in (files_api, jobs_api, adapters_api):
-        if module.router not in ROUTERS:
-            app.include_router(module.router)
-    return app
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +362,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
             adapters=adapters,
             metrics=metrics,
         )
-        server = uvicorn.Server(uvicorn.Config(_app(services), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(create_app(services), log_level="warning"))
         loop = asyncio.new_event_loop()
 
         async def serve() -> None:

@@ -149,7 +149,10 @@ def test_a_template_that_rewrites_history_makes_one_example_per_turn(tokenizer: 
 
 
 def test_a_template_without_an_end_behind_the_last_turn_still_trains_one(tokenizer: Tokenizer) -> None:
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     bare = Tokenizer(tokenizer._backend, special_tokens=tokenizer.special_tokens, chat_template=template)
     example = _only(_chat("a", "one"), bare)
     assert bare.decode(_targets(example), skip_special_tokens=False) == "one<|im_end|>"
@@ -163,7 +166,7 @@ def test_tokens_equal_those_of_transformers_chat_template(test_data: Path) -> No
     for turns in (
         ("What is 2+2?", "It is 4."),
         ("你好", "你好！有什么可以帮你？", "再见", "再见 🙂"),
-        ("a\n\nb ", "  leading and trailing  ", "x", "y\n"),
+        ("a\n\nb ", "trailing  ", "x", "y\n"),
     ):
         value = _chat(*turns)
         example = _only(value, tokenizer)
@@ -178,6 +181,18 @@ def test_tokens_equal_those_of_transformers_chat_template(test_data: Path) -> No
             assert example.tokens[: len(prompt)] == prompt
             assert example.targets[len(prompt)]
             assert not example.targets[len(prompt) - 1]
+
+
+def test_whitespace_that_would_merge_with_the_prompt_is_tokenized_as_generated(test_data: Path) -> None:
+    tokenizer = Tokenizer.from_directory(test_data / "tokenizers" / "minimind")
+    value = _chat("a", "  one  ", "b", "two")
+    examples = tokenize_example(parse_line(1, json.dumps(value).encode()), tokenizer)
+    assert len(examples) == 2
+    for example, idx in zip(examples, (1, 3), strict=True):
+        served = tokenizer.encode_chat(value["messages"][:idx])
+        assert example.tokens[: len(served)] == served
+        text = tokenizer.decode(example.tokens[len(served) :], skip_special_tokens=False)
+        assert text == value["messages"][idx]["content"] + "<|im_end|>"
 
 
 def test_a_completion_reads_on_without_a_second_space_where_the_tokenizer_prepends_one(
@@ -338,7 +353,7 @@ def test_a_file_without_examples_is_refused(tokenize: Tokenize, data: bytes) -> 
 
 def test_conversations_without_a_chat_template_are_refused_with_the_remedy(tokenizer: Tokenizer) -> None:
     bare = Tokenizer(tokenizer._backend, special_tokens=tokenizer.special_tokens)
-    with pytest.raises(LineError, match="no chat template.*--chat-template"):
+    with pytest.raises(LineError, match=r"no chat template.*--chat-template"):
         tokenize_example(parse_line(1, json.dumps(_chat("a", "one")).encode()), bare)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,10 @@ from weft_server.protocol import SamplingParams
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 TOLERANCE = 1e-4
+GOLDEN = """
+1205 1161 81 77 809 89 67 555 163 436 1432 309 1432 81 251 796 615 242 328 552
+319 1283 149 1243 77 776 115 1251 1299 933 71 305 1218 720 122 892 645 876 108 1198
+"""
 
 SHAPE = {
     "vocab_size": 211,
@@ -103,7 +108,8 @@ def _cache(decoder: Decoder, num_blocks: int) -> KvCache:
 
 @torch.no_grad()
 def _logits(decoder: Decoder, prompts: list[list[int]], splits: list[int]) -> list[torch.Tensor]:
-    """Logits of every position: all prompts in shared flat batches, in chunks that end at `splits`, then one by one."""
+    """Logits of every position: all prompts in shared flat batches, in chunks that end at `splits`, then one
+    by one."""
     cache = _cache(decoder, 128)
     table = LoraTable(torch.zeros(64), 1, decoder.config.num_layers, 7)
     sequences = {str(i): Sequence(str(i), p, SamplingParams(max_tokens=1), 0) for i, p in enumerate(prompts)}
@@ -111,7 +117,7 @@ def _logits(decoder: Decoder, prompts: list[list[int]], splits: list[int]) -> li
     collected: list[list[torch.Tensor]] = [[] for _ in prompts]
     longest = max(map(len, prompts))
     edges = [0, *splits, *range(splits[-1] + 1, longest + 1)]
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         segments = []
         for i, prompt in enumerate(prompts):
             count = min(end, len(prompt)) - start
@@ -157,13 +163,7 @@ def test_tinystories_greedy_text_is_the_golden_one():
         pytest.skip("WEFT_TEST_DATA is not set: no real model to read")
     decoder = _decoder(Path(root) / "models" / "tinystories-656k")
     prompt = [1, 80, 147, 201, 282, 215, 286, 1890]
-    golden = [
-        int(token)
-        for token in (
-            "1205 1161 81 77 809 89 67 555 163 436 1432 309 1432 81 251 796 615 242 328 552 319 1283 149 1243 77 776 "
-            "115 1251 1299 933 71 305 1218 720 122 892 645 876 108 1198"
-        ).split()
-    ]
+    golden = [int(token) for token in GOLDEN.split()]
     logits = _logits(decoder, [prompt + golden[:-1]], [len(prompt)])[0]
     assert logits[len(prompt) - 1 :].argmax(-1).tolist() == golden
     top = logits[len(prompt) - 1].topk(3)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
 from weft_server.service.tokenizer import Tokenizer
 
 CORPUS = [
@@ -85,6 +86,10 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the files of the byte-level tokenizer."""
     directory = tmp_path_factory.mktemp("model")
     train_byte_level().save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "chat_template": CHATML,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory

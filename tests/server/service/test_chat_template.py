@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from weft_server.errors import ConfigError, InvalidRequest
 from weft_server.service.chat_template import ChatTemplate
 from weft_server.service.tokenizer import Tokenizer
@@ -69,7 +70,9 @@ def test_template_variables_reach_the_template(test_data: Path) -> None:
     source = (test_data / "chat_templates/qwen3.jinja").read_text(encoding="utf-8")
     template = ChatTemplate(source, SPECIAL)
     thinking = template.render(CONVERSATIONS[0], add_generation_prompt=True)
-    quiet = template.render(CONVERSATIONS[0], add_generation_prompt=True, enable_thinking=False)
+    quiet = template.render(
+        CONVERSATIONS[0], add_generation_prompt=True, variables={"enable_thinking": False}
+    )
     assert quiet != thinking
     assert quiet == oracle(source, CONVERSATIONS[0], True, enable_thinking=False)
 
@@ -79,7 +82,7 @@ FEATURES = [
     "{{ messages | tojson }} {{ messages | tojson(indent=2) }}",
     "{% generation %}{{ messages[0].content }}{% endgeneration %}!",
     "  {% set x = 1 %}\n  {{ bos_token }}{{ x }}\n{% if tools %}tools{% endif %}",
-    "{% set ns = namespace(found=false) %}{% for m in messages %}{% set ns.found = true %}{% endfor %}{{ ns.found }}",
+    "{% set ns = namespace(x=1) %}{% for m in messages %}{% set ns.x = 2 %}{% endfor %}{{ ns.x }}",
 ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+
 from weft_server.service.detokenizer import StopMatcher, new_detokenizer
 from weft_server.service.tokenizer import Tokenizer
 
@@ -59,7 +60,7 @@ def check_random_ids(tokenizer: Tokenizer) -> None:
     @given(ids, st.sampled_from(SAMPLES))
     def behind_a_prompt(generated: list[int], text: str) -> None:
         prompt = tokenizer.encode(text)
-        # A run of byte tokens that begins in the prompt may be spoilt afterwards, when its text is given already.
+        # A byte token behind a prompt's run of byte tokens may spoil characters that are out already.
         assume(not tokenizer.is_byte_token(prompt[-1]))
         whole = tokenizer.decode([*prompt, *generated])
         assert tokenizer.decode(prompt) + "".join(stream(tokenizer, generated, prompt)) == whole
@@ -71,9 +72,8 @@ def check_random_ids(tokenizer: Tokenizer) -> None:
 def test_real_story_tokens_that_merge_across_spaces_stream_back_exactly(test_data: Path) -> None:
     tokenizer = Tokenizer.from_directory(test_data / "models/tinystories-656k")
     prompt = [1, 80, 147, 201, 282, 215, 286, 1890]
-    story = [int(token) for token in (
-        "1205 1161 81 77 809 89 67 555 163 436 1432 309 1432 81 251 796 615 242 328 552 319 1283 149 1243"
-    ).split()]  # fmt: skip
+    ids = "1205 1161 81 77 809 89 67 555 163 436 1432 309 1432 81 251 796 615 242 328 552 319 1283 149 1243"
+    story = [int(token) for token in ids.split()]
     text = "".join(stream(tokenizer, story, prompt))
     assert "Once upon a time, there was a little girl" + text == tokenizer.decode([*prompt, *story])
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from weft_server.errors import ConfigError, InvalidRequest
 from weft_server.service.tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ def test_the_golden_prompt_of_the_real_model_has_its_published_ids(test_data: Pa
     ids = tokenizer.encode("Once upon a time, there was a little girl")
     assert ids == [1, 80, 147, 201, 282, 215, 286, 1890]
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.stop_ids) == (1, 2, (2,))
+    assert tokenizer.token_text(1) == "<|start_story|>"
 
 
 def test_gpt2_files_without_tokenizer_json_are_read(test_data: Path) -> None:
@@ -48,7 +50,9 @@ def test_gpt2_files_without_tokenizer_json_are_read(test_data: Path) -> None:
     tokenizer = Tokenizer.from_directory(folder)
     oracle = transformers.GPT2Tokenizer(
         vocab=json.loads((folder / "vocab.json").read_text(encoding="utf-8")),
-        merges=[tuple(line.split(" ")) for line in (folder / "merges.txt").read_text().splitlines()[1:] if line],
+        merges=[
+            tuple(line.split(" ")) for line in (folder / "merges.txt").read_text().splitlines()[1:] if line
+        ],
     )
     for text in TEXTS[:4]:
         assert tokenizer.encode(text) == oracle(text)["input_ids"]
@@ -117,7 +121,9 @@ def test_end_ids_are_the_tokenizers_and_the_generation_configs(model_dir: Path, 
     assert Tokenizer.from_directory(tmp_path / "model").stop_ids == (2, 0)
 
 
-def test_template_sources_take_precedence_file_then_jinja_then_config(model_dir: Path, tmp_path: Path) -> None:
+def test_template_sources_take_precedence_file_then_jinja_then_config(
+    model_dir: Path, tmp_path: Path
+) -> None:
     directory = tmp_path / "model"
     shutil.copytree(model_dir, directory)
     messages = [{"role": "user", "content": "hi"}]
@@ -143,7 +149,7 @@ def test_several_templates_without_a_default_are_refused(model_dir: Path, tmp_pa
     shutil.copytree(model_dir, directory)
     config = {"chat_template": [{"name": "tool_use", "template": "T"}]}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="'tool_use'.*--chat-template"):
+    with pytest.raises(ConfigError, match=r"'tool_use'.*--chat-template"):
         Tokenizer.from_directory(directory)
 
 

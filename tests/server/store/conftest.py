@@ -23,22 +23,22 @@ from weft_server.store.opening import Store, open_store
 WORKER = Path(__file__).with_name("store_worker.py")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class RedisProcess:
-    """A redis-server on a free port with its files in `directory`; can be killed, frozen and started again."""
+    """A redis-server on a free port with its files in `directory`; can be killed, frozen and restarted."""
 
     def __init__(self, directory: Path, *options: str) -> None:
         self.directory = directory
         self.options = options
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
-        options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
-        self.client: Any = redis.Redis(port=self.port, **options)
+        client_options: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
+        self.client: Any = redis.Redis(port=self.port, **client_options)
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -96,6 +96,9 @@ def start_redis(redis_binary: None, tmp_path: Path) -> Iterator[Callable[..., Re
     servers: list[RedisProcess] = []
 
     def start(*options: str) -> RedisProcess:
+        if "--cluster-enabled" in options:
+            # The default, 10000 above the port, may not exist.
+            options = (*options, "--cluster-port", str(free_port()))
         directory = tmp_path / f"redis{len(servers)}"
         directory.mkdir()
         servers.append(RedisProcess(directory, *options))

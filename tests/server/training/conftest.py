@@ -1,4 +1,5 @@
-"""A tiny decoder in any dtype, a finetune job on it, and a driver that runs packs in windows through the real runner."""
+"""A tiny decoder in any dtype, a finetune job on it, and a driver that runs packs in windows through the real
+runner."""
 
 from __future__ import annotations
 
@@ -241,7 +242,8 @@ class Bench:
         return tables
 
     def whole_sequence_gradient(self, job_id: str) -> tuple[Tensor, float]:
-        """Oracle: autograd through the same decoder, one whole example at a time; (summed gradient, summed loss)."""
+        """Oracle: autograd through the same decoder, one whole example at a time; (summed gradient, summed
+        loss)."""
         from weft_kernels.attention import AttentionBatch, make_chunk
         from weft_kernels.lora import LoraBatch
         from weft_server.model.batch import TokenBatch

@@ -67,7 +67,8 @@ def _peft_model(base: Path, adapter_dir: Path, use_rslora: bool) -> peft.PeftMod
 
 
 def _train_with_peft(model: peft.PeftModel, dataset, spec) -> Trajectory:
-    """transformers' recipe: summed loss over the step's target tokens, clip at 1.0, AdamW, its own scheduler."""
+    """transformers' recipe: summed loss over the step's target tokens, clip at 1.0, AdamW, its own
+    scheduler."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         trained.values(), lr=spec.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=spec.weight_decay

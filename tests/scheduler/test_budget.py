@@ -1,0 +1,72 @@
+"""The budget: starts under the target, is cut when iterations come in late, grows back, opens when nobody
+decodes.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from weft_scheduler.budget import BudgetController, LatencyTargets
+
+
+def feed(budget: BudgetController, elapsed_s: float, rounds: int = 1) -> None:
+    for _ in range(64 * rounds):
+        budget.observe(elapsed_s, num_decodes=1)
+
+
+def test_the_budget_starts_below_the_target() -> None:
+    budget = BudgetController(LatencyTargets(0.05, 2.0))
+    assert budget.decode_budget_s == pytest.approx(0.045)
+
+
+def test_late_iterations_cut_the_budget_and_punctual_ones_restore_it() -> None:
+    budget = BudgetController(LatencyTargets(0.05, 2.0))
+    feed(budget, 0.06)
+    assert budget.decode_budget_s == pytest.approx(0.045 * 0.05 / 0.06)
+    assert budget.measured_s == 0.06
+    low = budget.decode_budget_s
+    feed(budget, 0.03, rounds=3)
+    assert low < budget.decode_budget_s <= low * 1.05**3 * 1.0001
+
+
+def test_a_machine_that_is_slower_than_predicted_ends_on_target() -> None:
+    budget = BudgetController(LatencyTargets(0.05, 2.0))
+    for _ in range(40):
+        feed(budget, 1.4 * budget.decode_budget_s)
+    assert 1.4 * budget.decode_budget_s == pytest.approx(0.05, rel=0.01)
+
+
+def test_only_the_asked_percentile_counts() -> None:
+    tail, median = (BudgetController(LatencyTargets(0.05, 2.0, percentile)) for percentile in (95, 50))
+    for idx in range(64):
+        for budget in (tail, median):
+            budget.observe(0.08 if idx % 10 == 0 else 0.02, num_decodes=3)
+    assert tail.decode_budget_s < 0.045 < median.decode_budget_s
+
+
+def test_iterations_without_decodes_are_nobodys_latency() -> None:
+    budget = BudgetController(LatencyTargets(0.05, 2.0))
+    for _ in range(200):
+        budget.observe(10.0, num_decodes=0)
+    assert budget.decode_budget_s == pytest.approx(0.045)
+    assert budget.measured_s is None
+
+
+def test_the_budget_stays_within_a_tenth_and_one_and_a_half_of_the_target() -> None:
+    budget = BudgetController(LatencyTargets(0.05, 2.0))
+    feed(budget, 9.0, rounds=50)
+    assert budget.decode_budget_s == pytest.approx(0.005)
+    feed(budget, 0.0001, rounds=100)
+    assert budget.decode_budget_s == pytest.approx(0.075)
+
+
+def test_without_decodes_the_budget_is_what_an_arrival_may_wait() -> None:
+    assert BudgetController(LatencyTargets(0.05, 1.0)).open_budget_s == 0.25
+    assert BudgetController(LatencyTargets(0.05, 60.0)).open_budget_s == 0.5
+    assert BudgetController(LatencyTargets(0.05, 1.0), max_inflight=2).open_budget_s == 0.125
+
+
+@pytest.mark.parametrize("targets", [(0.0, 1.0, 95.0), (1.0, -1.0, 95.0), (1.0, 1.0, 0.0), (1.0, 1.0, 101.0)])
+def test_impossible_targets_are_refused(targets: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        LatencyTargets(*targets)
