@@ -23,7 +23,7 @@ MAX_SHARED_BYTES = 99 * 1024
 """What one block may use on the consumer variants of sm_80; the data centre parts allow more."""
 
 MAX_STACK_BYTES = 16
-"""A few bytes per thread, which the assembler trades for another resident block; real spilling is hundreds."""
+"""A few bytes per thread, which the assembler trades for one more resident block; spilling is hundreds."""
 
 
 def compile_in_subprocess(cache: Path, *arguments: str) -> list[dict[str, Any]]:

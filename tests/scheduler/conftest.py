@@ -139,7 +139,7 @@ class SimulatedEngine:
     # ------------------------------------------------------------ iterations
 
     def step(self) -> StepPlan:
-        """Make a plan; commit the oldest first if as many are under way as may be, or if nothing else is left."""
+        """Make a plan; first commit the oldest if as many are under way as may be."""
         self.deliver()
         if len(self.flights) == self.limits.max_inflight:
             self.commit()

@@ -197,9 +197,7 @@ def test_of_two_equally_idle_adapters_the_one_that_is_cheaper_to_reload_is_evict
     assert [key for key, _ in residency.take_actions().evictions] == ["small"]
 
 
-def test_an_adapter_with_waiters_is_evicted_for_overdue_ones_only_and_never_before_its_first_use() -> (
-    None
-):
+def test_an_adapter_with_waiters_is_evicted_for_overdue_ones_only_and_never_before_its_first_use() -> None:
     residency = Residency(2, 2 * UNIT, 0.0)
     assert bring(residency, "a", 2 * UNIT)
     assert not bring(residency, "b", UNIT, is_aged=True)

@@ -44,20 +44,6 @@ def test_packs_of_several_jobs_descend_in_one_wave(make_engine: Callable[..., An
     assert [(part.layer, part.window) for part in parts] == [(2, 1), (2, 0), (1, 1), (1, 0), (0, 1), (0, 0)]
 
 
-def test_short_packs_join_a_wave_only_in_the_windows_that_they_have(make_engine: Callable[..., Any]) -> None:
-    engine = make_engine(num_layers=1)
-    for job, num_tokens in (("short", 8), ("long", 24)):
-        engine.add_job(job, 64)
-        engine.add_step(job, "t", [num_tokens, num_tokens])
-    engine.run()
-    members: dict[int, list[set[str]]] = {}
-    for part in (part for plan in engine.plans for part in plan.backward):
-        members.setdefault(part.wave_id, []).append({pack_id.split("/")[0] for pack_id in part.pack_ids})
-    assert sorted(members.values()) == [[{"long"}, {"long"}, {"long"}], [{"short"}]] or list(
-        members.values()
-    ) == [[{"long"}, {"long"}, {"long", "short"}]]
-
-
 def test_decodes_come_first_and_finetuning_takes_what_the_budget_leaves(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any]
 ) -> None:

@@ -155,8 +155,8 @@ class Engine:
                 self._commit(self._in_flight.popleft())
             return self._take_outbox()
         if self._runner.reads_uncollected_tokens(plan):
-            for item in self._in_flight:
-                item.handle.result()
+            while self._in_flight:
+                self._commit(self._in_flight.popleft())
         if self._record_plan is not None:
             self._record_plan(_ids(plan))
         self._in_flight.append(_InFlight(plan, self._runner.submit(plan, self._jobs.active)))

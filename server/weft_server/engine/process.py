@@ -76,7 +76,7 @@ def main() -> int:
             return _serve(config, BlobIO(read=store.read_bytes, put=store.put), context, sender)
     finally:
         sender.close()
-        context.destroy(linger=2000)
+        context.term()  # the receiver closes its socket when it hears of this
 
 
 def _serve(

@@ -46,13 +46,13 @@ class RunResult:
 
 @dataclass(slots=True)
 class _Sampling:
-    """Sampled rows of an iteration, still on the device."""
+    """Sampled rows of an iteration. `on_host` `[2, S]` (token ids, and whether the logits were finite) is
+    complete once the iteration's event has passed."""
 
     placed: list[PlacedSegment]
     token_ids: Tensor
-    finite: Tensor
+    on_host: Tensor
     logits: Tensor
-    positions: list[int]
 
 
 class StepHandle:
@@ -125,7 +125,7 @@ class Runner:
     @torch.no_grad()
     def submit(self, plan: StepPlan, jobs: Mapping[str, FinetuneJob]) -> StepHandle:
         """Issue one iteration. The plan's adapter loads and evictions have been carried out already."""
-        started = time.perf_counter()
+        clock = _DeviceClock(self._decoder.device)
         for pack_id in plan.memory.dropped_packs:
             if pack_id in self._packs:
                 self._packs[pack_id].drop_activations()
@@ -133,21 +133,17 @@ class Runner:
         sampling = self._forward(plan) if plan.forward else None
         for item in plan.backward:
             self._run_backward(item, jobs)
-        event = None
-        if self._decoder.device.type == "cuda":
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+        clock.stop()
 
         def collect() -> RunResult:
-            if event is not None:
-                event.synchronize()
+            clock.wait()
             result = RunResult()
             if sampling is not None:
                 self._collect_samples(sampling, result)
             for job_id in plan.optimizer_steps:
                 if job_id in jobs:
                     result.steps[job_id] = _finish_step(jobs[job_id])
-            result.elapsed_s = time.perf_counter() - started
+            result.elapsed_s = clock.elapsed_s()
             return result
 
         return StepHandle(collect)
@@ -165,8 +161,14 @@ class Runner:
     # ------------------------------------------------------------ forward
 
     def _forward(self, plan: StepPlan) -> _Sampling | None:
+        # A sequence may have ended since the plan was made.
+        segments = [
+            s for s in plan.forward if s.sequence_id in self._sequences or s.sequence_id in self._packs
+        ]
+        if not segments:
+            return None
         batch = build_batch(
-            plan.forward,
+            segments,
             self._sequences,
             self._packs,
             block_size=self._cache.block_size,
@@ -261,7 +263,8 @@ class Runner:
         )
         device_rows = torch.tensor([self._row(s) for s in sequences], device=hidden.device)
         self._last_tokens[device_rows] = sampled.token_ids
-        return _Sampling(placed, sampled.token_ids, sampled.finite, logits, positions)
+        both = torch.stack((sampled.token_ids, sampled.finite.to(torch.int64)))
+        return _Sampling(placed, sampled.token_ids, _to_host(both), logits)
 
     def _row(self, sequence: GeneratedSequence) -> int:
         """The sequence's place in the buffer of newest tokens, assigned at first use."""
@@ -270,7 +273,7 @@ class Runner:
         return sequence.last_token_row
 
     def _collect_samples(self, sampling: _Sampling, result: RunResult) -> None:
-        token_ids, finite = sampling.token_ids.tolist(), sampling.finite.tolist()
+        token_ids, finite = sampling.on_host.tolist()
         wanted: list[tuple[int, str, int]] = []
         for i, placed in enumerate(sampling.placed):
             request_id = placed.segment.sequence_id
@@ -308,6 +311,41 @@ class Runner:
             p.adapter_slot: jobs[p.pack.job_id].optimizer.grad for p in placements if p.pack.job_id in jobs
         }
         self._backward.run_slice(item.wave_id, placements, item.layer, item.window, grads)
+
+
+class _DeviceClock:
+    """The time of one iteration on the device: the host's clock on a CPU, events in the stream on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._events = (start, end)
+            start.record()
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Everything of the iteration has been issued."""
+        if self._events is not None:
+            self._events[1].record()
+
+    def wait(self) -> None:
+        """Wait until the device has done it."""
+        if self._events is not None:
+            self._events[1].synchronize()
+
+    def elapsed_s(self) -> float:
+        """Seconds from the first operation to the last (on a CPU: until now, with the optimizer steps)."""
+        if self._events is None:
+            return time.perf_counter() - self._started
+        return float(self._events[0].elapsed_time(self._events[1])) / 1000
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """The tensor on the host; on a GPU the copy is only issued, into pinned memory."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _finish_step(job: FinetuneJob) -> StepReport | JobError:

@@ -84,7 +84,7 @@ class FlatAdamW:
         self.grad.zero_()
         if float(state["adam_step"]) > 0:
             self._optimizer.state[self.master] = {
-                "step": state["adam_step"].to(torch.float32).reshape(()).clone(),
+                "step": state["adam_step"].to(self.master.device, torch.float32, copy=True).reshape(()),
                 "exp_avg": state["m"].to(self.master.device, self.master.dtype, copy=True),
                 "exp_avg_sq": state["v"].to(self.master.device, self.master.dtype, copy=True),
             }
