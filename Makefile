@@ -25,15 +25,16 @@ format: setup
 	$(BIN)/ruff format server kernels scheduler tests
 
 test: setup
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest --timeout 300 -m "not slow and not gpu"
 
 test-all: setup
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest --timeout 600 -m "not gpu"
 
 # For a machine with a GPU that has torch, triton, safetensors, tokenizers, transformers, peft and pytest, and
 # neither Weft's web stack nor a virtual environment: engine, kernels and training only.
 test-gpu:
-	PYTHONPATH=server:kernels:scheduler $(PYTHON) -m pytest -m gpu tests/kernels tests/gpu
+	PYTHONPATH=server:kernels:scheduler $(PYTHON) -m pytest -m gpu \
+		tests/kernels tests/server/adapters tests/server/engine tests/server/model tests/server/quant
 
 demo: setup
 	$(BIN)/weft demo --exit

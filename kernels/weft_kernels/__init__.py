@@ -1,1 +1,1 @@
-"""Batched LoRA, quantized linear and attention operators: one folder per op, each with a reference that defines it."""
+"""Batched LoRA, quantized linear and attention operators: one folder per operator."""

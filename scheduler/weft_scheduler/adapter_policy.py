@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain, zip_longest
+from math import inf
+from typing import NamedTuple
 
-from weft_scheduler.residency import AdapterState, Entry
+from weft_scheduler.entries import AdapterState, Entry
 from weft_scheduler.state import SchedulerState
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """A missing adapter and since when it is waited for."""
 
     entry: Entry
@@ -50,14 +50,23 @@ def _in_order(state: SchedulerState, now_s: float) -> list[Demand]:
 
 
 def _load(state: SchedulerState, demands: list[Demand]) -> None:
-    """Load what is in host memory and finds room; a training adapter only after all those of earlier jobs."""
+    """Load what is in host memory and finds room; a training adapter only after all those of earlier jobs.
+
+    Where one found no room, none that is as large need try.
+    """
+    too_large = {True: inf, False: inf}
     first_in_line = _first_missing_training(state)
     for demand in demands:
         entry = demand.entry
         if entry.state is not AdapterState.HOST or not _is_next(entry, first_in_line):
             continue
-        if state.residency.try_load(entry, is_aged=demand.is_aged) and entry.is_training:
-            first_in_line = _first_missing_training(state)
+        if entry.is_training:
+            if state.residency.try_load(entry, is_aged=demand.is_aged):
+                first_in_line = _first_missing_training(state)
+        elif entry.num_elements >= too_large[demand.is_aged]:
+            continue
+        elif not state.residency.try_load(entry, is_aged=demand.is_aged):
+            too_large[demand.is_aged] = entry.num_elements
 
 
 def _reserve(state: SchedulerState, demands: list[Demand]) -> None:

@@ -8,7 +8,7 @@ function.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 ALIGNMENT = 64
@@ -53,6 +53,10 @@ class ExtentMap:
     def __len__(self) -> int:
         """Extents held."""
         return len(self._extents)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys that hold an extent."""
+        return iter(self._by_key)
 
     def __contains__(self, key: str) -> bool:
         """Whether `key` holds an extent."""

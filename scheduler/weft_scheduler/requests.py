@@ -8,7 +8,7 @@ clocks.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -125,6 +125,7 @@ class WaitingQueue:
     def __init__(self) -> None:
         """Start empty."""
         self._queues: dict[str, dict[str | None, list[Sequence]]] = {}
+        self._heads: dict[str, list[Sequence]] = {}
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -147,6 +148,8 @@ class WaitingQueue:
         is_new = sequence.spec.tenant not in self._queues
         queue = self._queues.setdefault(sequence.spec.tenant, {}).setdefault(sequence.spec.adapter, [])
         insort(queue, sequence, key=sequence_key)
+        if queue[0] is sequence:
+            self._heads.pop(sequence.spec.tenant, None)
         self._num_waiting += 1
         return is_new
 
@@ -162,15 +165,23 @@ class WaitingQueue:
         if idx == len(queue) or queue[idx] is not sequence:
             raise KeyError(sequence.spec.sequence_id)
         del queue[idx]
+        if idx == 0:
+            self._heads.pop(sequence.spec.tenant, None)
         self._num_waiting -= 1
         if not queue:
             del queues[sequence.spec.adapter]
         if not queues:
             del self._queues[sequence.spec.tenant]
 
-    def heads(self, tenant: str) -> list[Sequence]:
+    def heads(self, tenant: str) -> Collection[Sequence]:
         """The first waiter of each of the tenant's adapters, first come first."""
-        return sorted((queue[0] for queue in self._queues.get(tenant, {}).values()), key=sequence_key)
+        if tenant not in self._queues:
+            return ()
+        heads = self._heads.get(tenant)
+        if heads is None:
+            heads = sorted((queue[0] for queue in self._queues[tenant].values()), key=sequence_key)
+            self._heads[tenant] = heads
+        return heads
 
     def of_adapter(self, adapter: str) -> list[Sequence]:
         """All waiters of one adapter."""

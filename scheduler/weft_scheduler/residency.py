@@ -12,10 +12,9 @@ room that requests rely on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 from heapq import heappop, heappush
 
+from weft_scheduler.entries import AdapterActions, AdapterState, Entry, Reservation
 from weft_scheduler.extents import ALIGNMENT, ExtentMap, aligned
 from weft_scheduler.plan import AdapterLoad
 from weft_scheduler.requests import RequestTooLarge
@@ -27,60 +26,6 @@ their size.
 
 _MIN_AGE_S = 1e-3
 _UNUSED_PENALTY_TOKENS = 1 << 20
-
-
-class AdapterState(Enum):
-    """How far an adapter has come."""
-
-    ABSENT = "absent"
-    FETCHING = "fetching"
-    HOST = "host"
-    LOADING = "loading"
-    DEVICE = "device"
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One adapter that is wanted, used, or resident.
-
-    `num_elements` is 0 until it is known; `staged_elements` is what it takes (or is guessed to take) in host
-    memory on its way. `fence` is the last plan that could read it; `is_fresh` says that no one has used it
-    since its load.
-    """
-
-    key: str
-    num_elements: int
-    is_training: bool
-    state: AdapterState = AdapterState.ABSENT
-    slot: int | None = None
-    num_waiting: int = 0
-    num_users: int = 0
-    staged_elements: int = 0
-    fence: int = 0
-    last_used_s: float = 0.0
-    is_fresh: bool = False
-    has_failed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Room at `offset` kept for `key`: its victims get no new users and leave together when the last one has
-    gone.
-    """
-
-    key: str
-    offset: int
-    victims: frozenset[str]
-    area: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterActions:
-    """What has to be done, in this order: clear table rows, start copies, start fetches."""
-
-    evictions: tuple[tuple[str, int], ...]
-    loads: tuple[AdapterLoad, ...]
-    fetches: tuple[str, ...]
 
 
 class Residency:
@@ -416,7 +361,7 @@ class Residency:
         return (RELOAD_OVERHEAD_ELEMENTS + entry.num_elements) / age_s
 
     def _cheapest(self, cost: Callable[[str], float | None]) -> str | None:
-        priced = [(price, key) for key in self.entries if (price := cost(key)) is not None]
+        priced = [(price, key) for key in self.extents if (price := cost(key)) is not None]
         return min(priced)[1] if priced else None
 
     def _place(self, entry: Entry, offset: int, victims: list[str]) -> None:

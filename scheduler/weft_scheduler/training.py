@@ -321,9 +321,8 @@ class TrainingQueue:
         wave = self.wave
         if wave is None or pack not in wave.packs:
             return
-        was_between = wave.is_between_layers
         wave.packs = [other for other in wave.packs if other is not pack]
         if not wave.packs:
             self.wave = None
-        elif was_between or wave.window >= wave.num_windows:
+        elif wave.window >= wave.num_windows:
             wave.window = wave.num_windows - 1

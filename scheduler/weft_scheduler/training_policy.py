@@ -47,7 +47,8 @@ def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, i
     _add_steps(state, draft, budget_s)
     _add_windows(state, draft, budget_s)
     _add_slices(state, draft, budget_s)
-    if not draft.num_training_units and (is_due or not draft.forward):
+    is_empty = not draft.forward and not _step_is_in_flight(state)
+    if not draft.num_training_units and (is_due or is_empty):
         _force_one(state, draft)
     is_idle = is_runnable(state) and not draft.num_training_units
     state.num_idle_training_plans = state.num_idle_training_plans + 1 if is_idle else 0
@@ -102,10 +103,26 @@ def _add_windows(state: SchedulerState, draft: PlanDraft, budget_s: float) -> No
 
 
 def _add_slices(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:
-    while (wave := state.training.next_wave()) is not None:
-        stops = draft.stops_between_layers or draft.must_finish_layer
-        if (stops and wave.is_between_layers) or not _add_slice(state, draft, wave, budget_s):
+    stops = draft.stops_between_layers or draft.must_finish_layer
+    while state.training.wave is not None or not _wave_should_wait(state, draft):
+        wave = state.training.next_wave()
+        if wave is None or (stops and wave.is_between_layers) or not _add_slice(state, draft, wave, budget_s):
             return
+
+
+def _wave_should_wait(state: SchedulerState, draft: PlanDraft) -> bool:
+    """Whether the next wave would soon be wider, so that jobs which are out of phase fall into step.
+
+    It would if packs are being forwarded in this plan, or a job is at its optimizer step: more packs come.
+    """
+    if _step_is_in_flight(state):
+        return True
+    is_forwarding = any(pack.status is PackStatus.FORWARDING for pack in state.training.alive)
+    return is_forwarding and draft.num_training_units > 0
+
+
+def _step_is_in_flight(state: SchedulerState) -> bool:
+    return any(job.step_is_planned for job in state.training.jobs.values())
 
 
 def _force_one(state: SchedulerState, draft: PlanDraft) -> None:

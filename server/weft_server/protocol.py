@@ -158,6 +158,13 @@ class CheckAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class SetTenantWeights:
+    """New fair shares, by tenant; those of tenants not named stay."""
+
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Checkpoint running jobs, then exit."""
 
@@ -319,7 +326,7 @@ class Heartbeat:
     iterations: list[tuple[float, float]] = field(default_factory=list)
 
 
-ToEngine: TypeAlias = Generate | Abort | StartJob | CancelJob | CheckAdapter | Shutdown
+ToEngine: TypeAlias = Generate | Abort | StartJob | CancelJob | CheckAdapter | SetTenantWeights | Shutdown
 FromEngine: TypeAlias = (
     EngineReady
     | EngineFailed

@@ -264,8 +264,14 @@ class SimulatedEngine:
             adapter = request.spec.adapter
             assert not segment.with_loss
             assert segment.kind is SegmentKind.PREFILL or segment.samples
+            num_known = request.spec.num_prompt_tokens + len(request.tokens)
             if segment.kind is SegmentKind.DECODE:
-                assert segment.num_tokens == 1
+                in_flight = sum(
+                    s.sequence_id == name and s.samples for f in self.flights for s in f.plan.forward
+                )
+                assert (segment.start, segment.num_tokens) == (num_known + in_flight - 1, 1)
+            else:
+                assert end <= num_known, "a prompt of tokens that are not known yet"
         assert (None if segment.adapter_slot is None else self.slots[segment.adapter_slot]) == adapter
 
     def execute_slice(self, part: Any) -> None:

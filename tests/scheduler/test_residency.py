@@ -9,8 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from weft_scheduler.entries import AdapterState
 from weft_scheduler.requests import RequestTooLarge
-from weft_scheduler.residency import AdapterState, Residency
+from weft_scheduler.residency import Residency
 
 UNIT = 64
 KEYS = [f"a{idx}" for idx in range(6)]

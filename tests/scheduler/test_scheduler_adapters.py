@@ -150,6 +150,19 @@ def test_a_flood_of_adapters_of_one_tenant_does_not_starve_another(
     engine.run()
 
 
+def test_a_large_adapter_is_fetched_in_its_turn_though_small_ones_keep_coming(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    engine = make_engine(**SLOT, num_blocks=512, max_wait_s=60.0, latency=lambda: 0.02)
+    engine.request(request_spec("first", adapter="first", adapter_elements=6 * 64))
+    engine.request(request_spec("large", adapter="large", adapter_elements=7 * 64))
+    for idx in range(300):
+        engine.request(request_spec(f"r{idx}", adapter=f"a{idx}", adapter_elements=64))
+        if "large" in engine.step().memory.adapter_fetches:
+            break
+    assert idx < 40
+
+
 def test_decode_kind_and_slot_stay_with_a_sequence_through_its_life(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any]
 ) -> None:

@@ -180,7 +180,7 @@ def test_a_large_request_is_not_overtaken_for_ever_by_small_ones(
     engine.request(request_spec("r0", num_prompt_tokens=20, max_new_tokens=4))
     engine.request(request_spec("large", num_prompt_tokens=70, max_new_tokens=4))
     for idx in range(60):
-        engine.request(request_spec(f"s{idx}", num_prompt_tokens=4, max_new_tokens=3))
+        engine.request(request_spec(f"s{idx}", tenant="small", num_prompt_tokens=4, max_new_tokens=3))
         engine.step()
     assert engine.requests["large"].finish_reason == "length"
 
@@ -204,14 +204,15 @@ def test_a_flood_of_one_tenant_does_not_starve_another(
     assert max(waits) <= 10  # until one of the four running requests has made its eight tokens
 
 
+@pytest.mark.parametrize("max_new_tokens", [1, 4])
 def test_backlogged_tenants_are_served_by_weight(
-    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any], max_new_tokens: int
 ) -> None:
     engine = make_engine(max_num_seqs=2, tenant_weights={"gold": 3.0})
     for idx in range(200):
         for tenant in ("gold", "iron"):
-            engine.request(request_spec(f"{tenant}{idx}", tenant=tenant, max_new_tokens=4))
-    for _ in range(300):
+            engine.request(request_spec(f"{tenant}{idx}", tenant=tenant, max_new_tokens=max_new_tokens))
+    for _ in range(100 * max_new_tokens):
         engine.step()
     done = {
         t: sum(len(r.tokens) for n, r in engine.requests.items() if n.startswith(t)) for t in ("gold", "iron")
@@ -242,6 +243,24 @@ def test_prompt_chunks_stay_within_the_budget_while_others_decode(
     chunks = [s.num_tokens for s in segments_of(engine, "long")]
     assert max(chunks[:-1]) < 1024
     assert min(chunks[:-1]) >= 64
+
+
+def test_without_decodes_prompts_may_fill_the_open_budget_and_finetuning_only_the_tight_one(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    engine = make_engine(targets=LatencyTargets(0.0115, 2.0), num_layers=300, noise=0.0)
+    engine.add_job("j", 64)
+    while engine.scheduler.adapter_slot("job:j") is None:
+        engine.step()
+    engine.add_step("j", "t", [40])
+    for idx in range(20):
+        engine.request(request_spec(f"r{idx}", num_prompt_tokens=30, max_new_tokens=1))
+        plan = engine.step()
+        assert plan.budget_s == 0.5
+        assert any(s.kind is SegmentKind.PREFILL for s in plan.forward)
+        assert len(plan.backward) <= 20
+    engine.run()
+    assert max(len(plan.backward) for plan in engine.plans) > 100
 
 
 def test_limits_with_which_work_could_never_run_are_refused(make_limits: Callable[..., Any]) -> None:

@@ -94,7 +94,7 @@ def finish(engine: Any) -> None:
 
 def random_setting(rng: random.Random) -> dict[str, Any]:
     """Sizes and targets; each may be tight on its own."""
-    setting: dict[str, Any] = {"max_inflight": rng.choice((1, 2)), "block_size": rng.choice((1, 2, 4))}
+    setting: dict[str, Any] = {"max_inflight": rng.choice((1, 2, 3)), "block_size": rng.choice((1, 2, 4))}
     setting["targets"] = LatencyTargets(tpot_s=rng.choice((0.05, 0.0125, 0.0115, 0.009)), ttft_s=2.0)
     if rng.random() < 0.5:
         setting |= {"num_blocks": rng.randint(8, 24), "inference_reserve_blocks": rng.randint(0, 3)}

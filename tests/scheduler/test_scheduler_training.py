@@ -44,6 +44,25 @@ def test_packs_of_several_jobs_descend_in_one_wave(make_engine: Callable[..., An
     assert [(part.layer, part.window) for part in parts] == [(2, 1), (2, 0), (1, 1), (1, 0), (0, 1), (0, 0)]
 
 
+@pytest.mark.parametrize("max_inflight", [1, 2])
+def test_jobs_that_start_at_different_times_fall_into_step(
+    make_engine: Callable[..., Any], max_inflight: int
+) -> None:
+    engine = make_engine(num_adapter_slots=8, max_inflight=max_inflight)
+    for delay, job in enumerate(("a", "b", "c")):
+        engine.add_job(job, 64)
+        for _ in range(3 + delay):
+            engine.step()
+    for _ in range(60):
+        for job in ("a", "b", "c"):
+            if not engine.job_has_work(job):
+                engine.add_step(job, job, [16])
+        engine.step()
+    widths = [len(part.pack_ids) for plan in engine.plans[30:] for part in plan.backward]
+    assert set(widths) == {3}
+    assert min(engine.steps_done.values()) >= 10
+
+
 def test_decodes_come_first_and_finetuning_takes_what_the_budget_leaves(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any]
 ) -> None:
@@ -171,15 +190,27 @@ def test_growing_decodes_have_the_wave_finish_its_layer_and_take_its_blocks(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any], max_inflight: int
 ) -> None:
     engine = make_engine(
-        targets=TIGHT, num_blocks=20, inference_reserve_blocks=1, num_layers=40, max_inflight=max_inflight
+        targets=LatencyTargets(tpot_s=0.01135, ttft_s=2.0),  # leaves about two slices beside a decode
+        noise=0.0,
+        block_size=16,
+        num_blocks=9,
+        max_model_len=256,
+        inference_reserve_blocks=1,
+        num_layers=40,
+        max_inflight=max_inflight,
     )
     engine.add_job("j", 64)
-    engine.request(request_spec("r", num_prompt_tokens=2, max_new_tokens=70))
-    engine.step()
+    for name, num_prompt_tokens in (("r", 3), ("s", 11)):
+        engine.request(request_spec(name, num_prompt_tokens=num_prompt_tokens, max_new_tokens=60))
+    while not any(s.kind is SegmentKind.DECODE for s in engine.step().forward):
+        pass
     engine.add_step("j", "t", [60])
+    pauses = [0]
     while engine.requests["r"].finish_reason is None:
-        engine.step()
+        plan = engine.step()
+        pauses.append(0 if any(s.sequence_id == "r" for s in plan.forward) else pauses[-1] + 1)
         engine.scheduler.check_invariants()
+    assert 1 <= max(pauses) <= 2 * max_inflight
     assert engine.packs["j/0/0"].num_drops >= 1
     assert engine.scheduler.num_preemptions == 0
     engine.run()
@@ -205,6 +236,49 @@ def test_a_pack_that_has_waited_too_long_gets_blocks_and_keeps_them(
     assert num_requests > 20
     engine.run()
     engine.check_finished()
+
+
+def test_decodes_that_grow_preempt_the_youngest_rather_than_drop_a_pack_that_has_waited_too_long(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    slack = LatencyTargets(tpot_s=0.01135, ttft_s=2.0)
+    engine = make_engine(
+        targets=slack,
+        noise=0.0,
+        num_blocks=32,
+        inference_reserve_blocks=2,
+        num_layers=60,
+        max_training_wait_s=0.0,
+    )
+    engine.add_job("j", 64)
+    for name in ("old", "young"):
+        engine.request(request_spec(name, num_prompt_tokens=2, max_new_tokens=60))
+    while not any(s.kind is SegmentKind.DECODE for s in engine.step().forward):
+        pass
+    engine.add_step("j", "t", [60])
+    while engine.requests["old"].finish_reason is None:
+        engine.step()
+    assert engine.packs["j/0/0"].num_drops == 0
+    assert {name for plan in engine.plans for name in plan.memory.preempted} == {"young"}
+    engine.run()
+    engine.check_finished()
+
+
+def test_blocks_of_a_removed_job_wait_for_the_plan_in_flight(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    engine = make_engine(num_blocks=20, max_inflight=2, num_layers=2, targets=LatencyTargets(1e-6, 1e-6))
+    engine.add_job("j", 64)
+    while engine.scheduler.adapter_slot("job:j") is None:
+        engine.step()
+    engine.add_step("j", "t", [40])
+    engine.make_plan()
+    engine.remove_job("j")
+    engine.request(request_spec("r", num_prompt_tokens=60, max_new_tokens=1))
+    assert engine.make_plan().is_empty
+    engine.commit()
+    assert [s.sequence_id for s in engine.make_plan().forward] == ["r"]
+    engine.run()
 
 
 @pytest.mark.parametrize("max_inflight", [1, 2])

@@ -65,8 +65,8 @@ def make_chunk(
 class AttentionBatch:
     """Decode rows come first in the flat batch, one per sequence; the chunks follow in row order.
 
-    `decode_block_tables` is `[S, max_blocks]` int64 (unused entries 0), `decode_lengths` `[S]` int64 the
-    number of keys of each sequence, the current token included.
+    `decode_block_tables` is `[S, max_blocks]` int64 (unused entries: any block), `decode_lengths` `[S]` int64
+    the number of keys of each sequence, the current token included.
     """
 
     num_decode: int
@@ -76,6 +76,23 @@ class AttentionBatch:
     _masks: dict[tuple[torch.dtype, int | None], Tensor] = field(
         default_factory=dict, compare=False, repr=False
     )
+    _decode_slots: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def decode_slots(self, block_size: int) -> Tensor:
+        """Cache rows of the padded decode call, `[S, max_blocks * block_size]` int64, kept for other layers.
+
+        Past a sequence's end they repeat its own first row: what a block held for somebody else is never
+        read, not even to be masked (a NaN would survive the mask).
+        """
+        if block_size not in self._decode_slots:
+            tables = self.decode_block_tables
+            offsets = torch.arange(block_size, device=tables.device)
+            slots = (tables.unsqueeze(2) * block_size + offsets).flatten(1)
+            keys = torch.arange(slots.shape[1], device=tables.device).unsqueeze(0)
+            self._decode_slots[block_size] = torch.where(
+                keys < self.decode_lengths.unsqueeze(1), slots, slots[:, :1]
+            )
+        return self._decode_slots[block_size]
 
     def decode_mask(self, num_keys: int, dtype: torch.dtype, sliding_window: int | None) -> Tensor:
         """Additive mask `[S, 1, 1, num_keys]` of the padded decode call, kept for the other layers."""

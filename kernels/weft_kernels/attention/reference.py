@@ -75,10 +75,11 @@ def _decode(
 ) -> Tensor:
     num_sequences, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
-    tables = batch.decode_block_tables
-    num_keys = tables.shape[1] * block_size
-    k = k_cache.index_select(0, tables.reshape(-1)).view(num_sequences, num_keys, num_kv_heads, head_dim)
-    v = v_cache.index_select(0, tables.reshape(-1)).view(num_sequences, num_keys, num_kv_heads, head_dim)
+    slots = batch.decode_slots(block_size)
+    num_keys = slots.shape[1]
+    shape = (num_sequences, num_keys, num_kv_heads, head_dim)
+    k = k_cache.flatten(0, 1).index_select(0, slots.flatten()).view(shape)
+    v = v_cache.flatten(0, 1).index_select(0, slots.flatten()).view(shape)
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = batch.decode_mask(num_keys, q.dtype, sliding_window)  # [S, 1, 1, num_keys]
     out = F.scaled_dot_product_attention(

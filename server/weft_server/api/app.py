@@ -60,12 +60,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     listens = threading.current_thread() is threading.main_thread() and services.tenants.has_keys
     loop = asyncio.get_running_loop()
     if listens:
-        loop.add_signal_handler(signal.SIGHUP, services.tenants.reload)
+        loop.add_signal_handler(signal.SIGHUP, _reload_tenants, services)
     try:
         yield
     finally:
         if listens:
             loop.remove_signal_handler(signal.SIGHUP)
+
+
+def _reload_tenants(services: Services) -> None:
+    if services.tenants.reload():
+        services.engine.set_tenant_weights({tenant.name: tenant.weight for tenant in services.tenants.tenants})
 
 
 async def _client_disconnected(_request: Request, _error: Exception) -> Response:

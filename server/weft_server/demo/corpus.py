@@ -14,6 +14,7 @@ from random import Random
 
 from weft_server.demo import lexicon
 from weft_server.demo.exchanges import SCORED_TASKS, TASK_WEIGHTS, TASKS
+from weft_server.demo.lists import drill
 from weft_server.demo.prose import story_about
 
 TURN_START = "<|im_start|>"
@@ -37,6 +38,7 @@ SYSTEM_PROMPTS = (
 )
 
 HELD_OUT_ONE_IN = 20
+NUM_DRILLED_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +90,23 @@ def chat_document(exchanges: list[Exchange], system: str | None) -> Document:
     return tuple(spans)
 
 
+def drill_share(num_drawn: int) -> float:
+    """Return how often document number `num_drawn` is a copying drill: 60 % at first, soon only 3 %."""
+    return max(0.03, 0.6 * (1.0 - num_drawn / NUM_DRILLED_DOCUMENTS))
+
+
 def training_documents(seed: int) -> Iterator[Document]:
     """Yield training documents without end; equal seeds yield equal documents."""
     rng = Random(seed)
     tasks, weights = tuple(TASK_WEIGHTS), tuple(TASK_WEIGHTS.values())
+    num_drawn = 0
     while True:
-        if rng.random() < 0.02:
+        num_drawn += 1
+        if rng.random() < drill_share(num_drawn):
+            given, again = drill(rng)
+            yield (Span(given, is_target=False), Span(again + TEXT_END, is_target=True))
+            continue
+        if rng.random() < 0.01:
             name, animal = rng.choice(lexicon.FIRST_NAMES), rng.choice(lexicon.KINDS["animal"])
             yield (Span(story_about(rng, name, animal) + TEXT_END, is_target=True),)
             continue

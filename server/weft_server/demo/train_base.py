@@ -157,13 +157,15 @@ def in_dtype(model: LlamaForCausalLM, dtype: torch.dtype) -> LlamaForCausalLM:
     return model
 
 
-def train(settings: TrainSettings, wrapped: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def train(
+    settings: TrainSettings, tokenizer: Tokenizer, wrapped: PreTrainedTokenizerFast
+) -> LlamaForCausalLM:
     """Train the base from scratch and return it in fp32 with bf16-representable weights.
 
-    The last `num_long_steps` steps use rows as long as the context, so that every position has been trained.
+    `wrapped` is the tokenizer as users load it; it asks the held-out prompts on the way. The last
+    `num_long_steps` steps use rows as long as the context, so that every position has been trained.
     """
     torch.manual_seed(settings.seed)
-    tokenizer = wrapped.backend_tokenizer
     model = LlamaForCausalLM(model_config(settings, tokenizer))
     probe = corpus.held_out_exchanges(HELD_OUT_SEED, num_per_task=3)
     optimizers = make_optimizers(model, settings)
@@ -230,9 +232,12 @@ def greedy_answerer(
 
 
 def wrap_tokenizer(tokenizer: Tokenizer, max_tokens: int) -> PreTrainedTokenizerFast:
-    """Return the tokenizer with its chat template and special tokens, ready for `save_pretrained`."""
+    """Return a copy of the tokenizer with its chat template and special tokens, ready for `save_pretrained`.
+
+    A copy, because padding a batch for generation switches padding on in the tokenizer itself.
+    """
     wrapped: PreTrainedTokenizerFast = cast(Any, PreTrainedTokenizerFast)(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
         eos_token=corpus.TURN_END,
         pad_token=corpus.PADDING,
         additional_special_tokens=[corpus.TURN_START, corpus.TEXT_END],
@@ -310,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     tokenizer = train_tokenizer(settings)
     wrapped = wrap_tokenizer(tokenizer, settings.long_row_tokens)
-    model = train(settings, wrapped)
+    model = train(settings, tokenizer, wrapped)
     wall_s = time.monotonic() - started
     exchanges = corpus.held_out_exchanges(HELD_OUT_SEED, num_per_task=50)
     scores = score_by_task(exchanges, greedy_answerer(model, wrapped))

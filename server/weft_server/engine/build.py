@@ -84,9 +84,23 @@ def assemble_engine(
     *,
     base_fingerprint: str,
     record_plan: Callable[[list[str]], None] | None = None,
+    sizes: Sizes | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> BuiltEngine:
-    """An engine over loaded weights."""
-    sizes = choose_sizes(config, weights)
+    """An engine over loaded weights.
+
+    Args:
+        config, weights: the settings, and the frozen base that they are about.
+        blobs: where adapters, datasets and checkpoints are read from and written to.
+        base_fingerprint: announced with the engine.
+        record_plan: told the requests and jobs of every iteration before it runs.
+        sizes: replaces what would be chosen from the configuration and the device.
+        clock: the time that scheduling and retries go by, in seconds.
+
+    Raises:
+        ConfigError: sizes that cannot be honoured.
+    """
+    sizes = sizes or choose_sizes(config, weights)
     limits, model, device = sizes.limits, weights.config, weights.device
     decoder = Decoder(weights, max_positions=limits.max_model_len)
     cache = KvCache(
@@ -143,6 +157,7 @@ def assemble_engine(
         jobs=jobs,
         pipeline_depth=sizes.pipeline_depth,
         record_plan=record_plan,
+        clock=clock,
     )
     return BuiltEngine(engine, _announcement(weights, sizes, targets, base_fingerprint))
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from weft_scheduler.outcomes import PackDone, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import SegmentKind, StepPlan
-from weft_scheduler.requests import RequestSpec
+from weft_scheduler.requests import RequestSpec, RequestTooLarge
 from weft_scheduler.scheduler import Scheduler
 from weft_server.adapters.fetch import AdapterFetcher, CheckResult
 from weft_server.engine.jobs import JobManager
@@ -38,6 +38,7 @@ from weft_server.protocol import (
     Generate,
     Heartbeat,
     RequestFailed,
+    SetTenantWeights,
     Shutdown,
     StartJob,
     StepOutput,
@@ -104,6 +105,9 @@ class Engine:
         elif isinstance(message, CheckAdapter):
             self._num_checking += 1
             self._fetcher.submit_check(message.check_id, message.config_blob, message.weights_blob)
+        elif isinstance(message, SetTenantWeights):
+            for tenant, weight in message.weights.items():
+                self._scheduler.set_weight(tenant, weight)
         elif isinstance(message, Shutdown):
             raise TypeError("Shutdown belongs to the process around the engine")
 
@@ -119,27 +123,38 @@ class Engine:
             stop_token_ids=frozenset(sampling.stop_token_ids),
             adapter=None if adapter is None else adapter.digest,
         )
-        if adapter is not None:
-            self._pager.know(adapter)
         try:
             self._scheduler.add_request(spec, self._clock())
-        except ValueError as error:
+        except RequestTooLarge as error:
             self._outbox.append(RequestFailed(message.request_id, 400, "context_length_exceeded", str(error)))
             return
+        except ValueError as error:
+            self._outbox.append(RequestFailed(message.request_id, 400, "invalid_request", str(error)))
+            return
+        if adapter is not None:
+            self._pager.know(adapter)
         self._runner.add_sequence(
             Sequence(
                 request_id=message.request_id,
                 prompt=list(message.prompt),
                 params=sampling,
                 choice_idx=message.choice_idx,
+                adapter=spec.adapter,
                 output=list(message.generated),
+                has_told=num_sent > 0,
             )
         )
         self._counters["prompt_tokens"] += len(message.prompt)
 
     def _abort(self, request_id: str) -> None:
         self._scheduler.abort(request_id)
-        self._runner.remove_sequence(request_id)
+        self._forget(request_id)
+
+    def _forget(self, request_id: str) -> Sequence | None:
+        sequence = self._runner.remove_sequence(request_id)
+        if sequence is not None and sequence.adapter is not None:
+            self._pager.forget(sequence.adapter)
+        return sequence
 
     # ------------------------------------------------------------ one iteration
 
@@ -155,8 +170,9 @@ class Engine:
                 self._commit(self._in_flight.popleft())
             return self._take_outbox()
         if self._runner.reads_uncollected_tokens(plan):
-            while self._in_flight:
-                self._commit(self._in_flight.popleft())
+            # Collected, not committed: the plan at hand may go on with a sequence that ends at that commit.
+            for item in self._in_flight:
+                item.handle.result()
         if self._record_plan is not None:
             self._record_plan(_ids(plan))
         self._in_flight.append(_InFlight(plan, self._runner.submit(plan, self._jobs.active)))
@@ -210,23 +226,21 @@ class Engine:
         sequence = self._runner.sequence(outcome.sequence_id)
         if sequence is None:
             return None
-        first = not sequence.output
-        sequence.output.append(outcome.token_id)
         self._counters["generation_tokens"] += 1
         logprob = result.logprobs.get(outcome.sequence_id)
         if outcome.finish_reason is not None:
-            self._runner.remove_sequence(outcome.sequence_id)
+            self._forget(outcome.sequence_id)
         return ChoiceDelta(
             request_id=outcome.sequence_id,
             token_ids=[outcome.token_id],
             logprobs=None if logprob is None else [logprob],
             finish_reason=outcome.finish_reason,
-            prompt_logprobs=sequence.prompt_logprobs if first and sequence.prompt_logprobs else None,
+            prompt_logprobs=sequence.take_prompt_logprobs(),
         )
 
     def _fail(self, request_id: str, status: int, code: str, message: str) -> None:
         self._scheduler.abort(request_id)
-        if self._runner.remove_sequence(request_id) is not None:
+        if self._forget(request_id) is not None:
             self._outbox.append(RequestFailed(request_id, status, code, message))
 
     # ------------------------------------------------------------ background work

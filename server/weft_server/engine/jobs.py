@@ -21,6 +21,7 @@ from weft_server.adapters.paths import ModuleShapes
 from weft_server.adapters.peft import read_peft, write_peft
 from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
+from weft_server.engine.saving import JobSaver
 from weft_server.errors import WeftError
 from weft_server.protocol import (
     AdapterRef,
@@ -86,7 +87,7 @@ class JobManager:
         self._max_pack_tokens = max_pack_tokens
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jobs")
         self._loading: dict[str, tuple[StartJob, Future[FinetuneJob]]] = {}
-        self._saving: list[tuple[FinetuneJob, Future[FromEngine]]] = []
+        self._saver = JobSaver(self._pool)
         self._packs: dict[str, set[str]] = {}
         self.active: dict[str, FinetuneJob] = {}
         self.num_steps = 0
@@ -117,9 +118,7 @@ class JobManager:
         for job in self.active.values():
             if not job.is_finished:
                 self._save_checkpoint(job)
-        messages = [future.result() for _, future in self._saving]
-        self._saving.clear()
-        return messages
+        return [message for _, message in self._saver.flush()]
 
     def close(self) -> None:
         """Stop the threads."""
@@ -134,15 +133,10 @@ class JobManager:
             if future.done():
                 del self._loading[job_id]
                 messages += self._begin(message, future, now)
-        unfinished = []
-        for job, future_message in self._saving:
-            if not future_message.done():
-                unfinished.append((job, future_message))
-                continue
-            messages.append(_outcome(job, future_message))
-            if not isinstance(messages[-1], JobCheckpointed) and job.job_id in self.active:
+        for job, saved in self._saver.poll(now):
+            messages.append(saved)
+            if not isinstance(saved, JobCheckpointed):
                 self._remove(job)
-        self._saving = unfinished
         return messages
 
     def pack_done(self, pack_id: str) -> None:
@@ -155,8 +149,6 @@ class JobManager:
         if job is None:
             return []
         if isinstance(outcome, JobError):
-            for pack_id in self._packs.get(job_id, ()):
-                self._runner.scrub(pack_id)
             self._remove(job)
             return [JobFailed(job_id, job.lease_epoch, outcome.code, outcome.message)]
         self.num_steps += 1
@@ -187,7 +179,7 @@ class JobManager:
     @property
     def is_busy(self) -> bool:
         """True while background work may produce messages."""
-        return bool(self._loading or self._saving)
+        return bool(self._loading) or self._saver.is_busy
 
     @property
     def num_running(self) -> int:
@@ -218,11 +210,7 @@ class JobManager:
         if job.is_finished:
             self._publish(job)
             return []
-        try:
-            self._start_step(job, now)
-        except ValueError as error:
-            self._remove(job)
-            return [JobFailed(message.job_id, message.lease_epoch, "example_too_long", str(error))]
+        self._start_step(job, now)
         return []
 
     def _start_step(self, job: FinetuneJob, now: float) -> None:
@@ -246,6 +234,11 @@ class JobManager:
 
     def _remove(self, job: FinetuneJob) -> None:
         self.active.pop(job.job_id, None)
+        self._saver.forget(job)
+        self._release(job)
+
+    def _release(self, job: FinetuneJob) -> None:
+        """Give back the job's place on the device."""
         self._scheduler.remove_job(job.job_id)
         self._pager.forget_training(job.adapter_key)
         for pack_id in self._packs.pop(job.job_id, ()):
@@ -253,19 +246,18 @@ class JobManager:
 
     def _save_checkpoint(self, job: FinetuneJob) -> None:
         snapshot = take_checkpoint(job)
-        epoch = job.lease_epoch
 
-        def write() -> FromEngine:
-            return JobCheckpointed(
-                snapshot.job_id, epoch, snapshot.step, self._blobs.put([snapshot.to_bytes()])
-            )
+        def write() -> JobCheckpointed:
+            blob = self._blobs.put([snapshot.to_bytes()])
+            return JobCheckpointed(snapshot.job_id, job.lease_epoch, snapshot.step, blob)
 
-        self._saving.append((job, self._pool.submit(write)))
+        self._saver.checkpoint(job, write)
 
     def _publish(self, job: FinetuneJob) -> None:
         weights = current_weights(job)
+        self._release(job)
 
-        def write() -> FromEngine:
+        def write() -> JobSucceeded:
             adapter = repack(job.adapter, weights)
             config_json, tensors = write_peft(adapter, base_model_name=self._base.name)
             config_blob, weights_blob = self._blobs.put([config_json]), self._blobs.put([tensors])
@@ -280,7 +272,7 @@ class JobManager:
                 num_parameters=adapter.num_parameters,
             )
 
-        self._saving.append((job, self._pool.submit(write)))
+        self._saver.publish(job, write)
 
     # ------------------------------------------------------------ in the pool
 
@@ -296,6 +288,7 @@ class JobManager:
                 "bad_dataset",
                 f"token id {dataset.max_token_id} is outside the vocabulary of {self._base.vocab_size}",
             )
+        self._check_lengths(dataset)
         job = FinetuneJob(
             message.job_id,
             message.tenant,
@@ -312,6 +305,16 @@ class JobManager:
             except CheckpointError as error:
                 raise JobError("bad_checkpoint", str(error)) from error
         return job
+
+    def _check_lengths(self, dataset: Dataset) -> None:
+        most = min(self._base.max_model_len, self._scheduler.limits.max_pack_tokens)
+        for idx, length in enumerate(dataset.lengths):
+            if length > most:
+                raise JobError(
+                    "example_too_long",
+                    f"the example on line {dataset.line(idx)} has {length} tokens; this server trains on at "
+                    f"most {most} at a time: shorten it or lower max_seq_length",
+                )
 
     def _initial_adapter(self, message: StartJob) -> PackedAdapter:
         lora, ref = message.spec.lora, message.base_adapter
@@ -333,14 +336,3 @@ class JobManager:
             shapes=self._base.shapes,
             seed=message.spec.seed,
         )
-
-
-def _outcome(job: FinetuneJob, future: Future[FromEngine]) -> FromEngine:
-    try:
-        return future.result()
-    except WeftError as error:
-        log.error("job %s: %s", job.job_id, error.message)
-        return JobFailed(job.job_id, job.lease_epoch, error.code or "job_error", error.message)
-    except Exception as error:
-        log.exception("job %s could not be saved", job.job_id)
-        return JobFailed(job.job_id, job.lease_epoch, "internal_error", f"saving failed: {error}")

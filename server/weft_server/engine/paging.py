@@ -7,6 +7,7 @@ on a CPU.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,6 +40,7 @@ class AdapterPager:
         self._fetcher = fetcher
         self._scheduler = scheduler
         self._refs: dict[str, AdapterRef] = {}
+        self._num_requests: Counter[str] = Counter()
         self._training: dict[str, HostImage] = {}
         self._fetched: dict[str, HostImage] = {}
         self._num_fetching = 0
@@ -48,8 +50,16 @@ class AdapterPager:
         self.num_evictions = 0
 
     def know(self, ref: AdapterRef) -> None:
-        """Remember where an adapter's blobs are, for when the scheduler asks for it."""
+        """A request needs this adapter: remember where its blobs are, for when the scheduler asks for it."""
         self._refs[ref.digest] = ref
+        self._num_requests[ref.digest] += 1
+
+    def forget(self, digest: str) -> None:
+        """A request that needed it has ended; with the last one goes what was fetched and not loaded."""
+        self._num_requests[digest] -= 1
+        if not self._num_requests[digest]:
+            del self._num_requests[digest], self._refs[digest]
+            self._fetched.pop(digest, None)
 
     def know_training(self, key: str, image: HostImage) -> None:
         """Register an adapter in training: its image is at hand and is never fetched."""
@@ -94,7 +104,8 @@ class AdapterPager:
             if done.image is not None:
                 reason = self._scheduler.adapter_fetched(done.digest, done.image.num_elements)
                 if reason is None:
-                    self._fetched[done.digest] = done.image
+                    if done.digest in self._refs:
+                        self._fetched[done.digest] = done.image
                     continue
                 error = AdapterError(reason, code="adapter_too_large")
             error = error or AdapterFetchFailed("the fetch ended without a result")

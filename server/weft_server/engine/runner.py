@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from weft_kernels.lora import LoraTable
-from weft_scheduler.plan import BackwardSlice, SegmentKind, StepPlan
+from weft_scheduler.plan import BackwardSlice, MemoryPlan, SegmentKind, StepPlan
 from weft_server.cache.kv import KvCache
 from weft_server.engine.batch import FlatBatch, PlacedSegment, build_batch
 from weft_server.engine.sampler import SamplingRow, sample, top_logprobs
@@ -70,8 +70,11 @@ class StepHandle:
 
 
 class Runner:
-    """Owns what is on the device between iterations: sequences' newest tokens, packs in training, the
-    cache."""
+    """Owns what is on the device between iterations: sequences' newest tokens, packs in training, the cache.
+
+    A block or extent that has been freed keeps its contents, even a NaN; nothing reads past what its new
+    owner has written.
+    """
 
     def __init__(
         self, decoder: Decoder, cache: KvCache, table: LoraTable, *, max_num_seqs: int, window_tokens: int
@@ -95,9 +98,8 @@ class Runner:
     def remove_sequence(self, request_id: str) -> GeneratedSequence | None:
         """Forget a sequence (finished, failed or aborted)."""
         sequence = self._sequences.pop(request_id, None)
-        if sequence is not None and sequence.last_token_row is not None:
-            self._free_rows.append(sequence.last_token_row)
-            sequence.last_token_row = None
+        if sequence is not None:
+            self._free_row(sequence)
         return sequence
 
     def sequence(self, request_id: str) -> GeneratedSequence | None:
@@ -114,22 +116,14 @@ class Runner:
         self._placements.pop(pack_id, None)
         self._backward.forget_packs()
 
-    def scrub(self, pack_id: str) -> None:
-        """Zero the cached keys and values of a failed pack, so that no stale NaN outlives it."""
-        placement = self._placements.get(pack_id)
-        if placement is not None:
-            self._scrub_blocks(placement.block_table)
-
     # ------------------------------------------------------------ one iteration
 
     @torch.no_grad()
     def submit(self, plan: StepPlan, jobs: Mapping[str, FinetuneJob]) -> StepHandle:
         """Issue one iteration. The plan's adapter loads and evictions have been carried out already."""
         clock = _DeviceClock(self._decoder.device)
-        for pack_id in plan.memory.dropped_packs:
-            if pack_id in self._packs:
-                self._packs[pack_id].drop_activations()
-                self._backward.forget_packs()
+        self._give_up(plan.memory)
+        stepping = {job_id: jobs[job_id] for job_id in plan.optimizer_steps if job_id in jobs}
         sampling = self._forward(plan) if plan.forward else None
         for item in plan.backward:
             self._run_backward(item, jobs)
@@ -140,13 +134,24 @@ class Runner:
             result = RunResult()
             if sampling is not None:
                 self._collect_samples(sampling, result)
-            for job_id in plan.optimizer_steps:
-                if job_id in jobs:
-                    result.steps[job_id] = _finish_step(jobs[job_id])
+            for job_id, job in stepping.items():
+                if jobs.get(job_id) is job:
+                    result.steps[job_id] = _finish_step(job)
             result.elapsed_s = clock.elapsed_s()
             return result
 
         return StepHandle(collect)
+
+    def _give_up(self, memory: MemoryPlan) -> None:
+        """Let go of what preempted sequences and dropped packs hold on the device."""
+        for request_id in memory.preempted:
+            sequence = self._sequences.get(request_id)
+            if sequence is not None:
+                self._free_row(sequence)
+        for pack_id in memory.dropped_packs:
+            if pack_id in self._packs:
+                self._packs[pack_id].drop_activations()
+                self._backward.forget_packs()
 
     def reads_uncollected_tokens(self, plan: StepPlan) -> bool:
         """True if sampling this plan needs output tokens on the host that an iteration in flight still
@@ -272,6 +277,11 @@ class Runner:
             sequence.last_token_row = self._free_rows.pop()
         return sequence.last_token_row
 
+    def _free_row(self, sequence: GeneratedSequence) -> None:
+        if sequence.last_token_row is not None:
+            self._free_rows.append(sequence.last_token_row)
+            sequence.last_token_row = None
+
     def _collect_samples(self, sampling: _Sampling, result: RunResult) -> None:
         token_ids, finite = sampling.on_host.tolist()
         wanted: list[tuple[int, str, int]] = []
@@ -281,10 +291,10 @@ class Runner:
             if sequence is None:
                 continue
             if not finite[i]:
-                self._scrub_blocks(torch.tensor(placed.segment.block_ids, device=self._decoder.device))
                 result.failed[request_id] = "the model produced NaN or infinite logits"
                 continue
             result.sampled[request_id] = token_ids[i]
+            sequence.output.append(token_ids[i])
             if sequence.params.logprobs is not None:
                 wanted.append((i, request_id, sequence.params.logprobs))
         if wanted:
@@ -293,11 +303,6 @@ class Runner:
                 sampling.logits[rows], sampling.token_ids[rows], [count for _, _, count in wanted]
             )
             result.logprobs = {request_id: e for (_, request_id, _), e in zip(wanted, entries, strict=True)}
-
-    def _scrub_blocks(self, block_ids: Tensor) -> None:
-        for layer in range(self._decoder.config.num_layers):
-            self._cache.keys[layer][block_ids] = 0
-            self._cache.values[layer][block_ids] = 0
 
     # ------------------------------------------------------------ backward
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from weft_server.protocol import SamplingParams, TokenLogprob
 
 _MASK64 = (1 << 64) - 1
+_LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(slots=True)
@@ -117,8 +118,11 @@ def _process(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Inverse-CDF sampling in token-id order, so that filters of other rows cannot change a row's mapping."""
     device = scores.device
-    temperature = torch.tensor([row.params.temperature or 1.0 for row in rows], device=device)
-    scores = scores / temperature.unsqueeze(1)
+    temperature = torch.tensor(
+        [max(row.params.temperature, _LEAST_TEMPERATURE) for row in rows], device=device
+    )
+    # Relative to the best token, so that no temperature is too low to divide by.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
     if any(row.params.min_p > 0 for row in rows):
         min_p = torch.tensor([row.params.min_p for row in rows], device=device).unsqueeze(1)
         floor = scores.amax(dim=-1, keepdim=True) + torch.log(min_p)  # log 0 = -inf keeps all
@@ -142,6 +146,8 @@ def _filter_top(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     ordered = ordered.masked_fill(ranks >= top_k.unsqueeze(1), -torch.inf)
     probabilities = torch.softmax(ordered, dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
-    top_p = torch.tensor([row.params.top_p for row in rows], device=device).unsqueeze(1)
+    # Without a limit of its own a row keeps all: rounding may carry its cumulated probability past 1.
+    limits = [row.params.top_p if row.params.top_p < 1 else torch.inf for row in rows]
+    top_p = torch.tensor(limits, device=device).unsqueeze(1)
     ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), -torch.inf)
     return torch.empty_like(scores).scatter_(1, order, ordered)

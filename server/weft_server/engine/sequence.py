@@ -12,18 +12,25 @@ from weft_server.protocol import SamplingParams, TokenLogprob
 class Sequence:
     """Tokens of one request choice.
 
-    `prompt` and `output` are what is known on the host; `num_resumed` output tokens were sent before an
-    engine restart. `last_token_row` is its place in the device's buffer of newest tokens.
+    `prompt` and `output` are what is known on the host: `output` begins with what was sent before an engine
+    restart and grows when an iteration's results are collected, so it may be one token ahead of what has been
+    told. `adapter` is a digest. `last_token_row` is its place in the device's buffer of newest tokens.
     """
 
     request_id: str
     prompt: list[int]
     params: SamplingParams
     choice_idx: int
+    adapter: str | None = None
     last_token_row: int | None = None
     output: list[int] = field(default_factory=list)
-    num_resumed: int = 0
+    has_told: bool = False
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
+    def take_prompt_logprobs(self) -> list[TokenLogprob | None] | None:
+        """The prompt's log-probabilities for the first delta, None for all later ones or if not asked for."""
+        is_first, self.has_told = not self.has_told, True
+        return self.prompt_logprobs if is_first and self.prompt_logprobs else None
 
     @property
     def needs_history(self) -> bool:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -117,6 +117,7 @@ class EngineClient:
         self._job_handlers: list[JobHandler] = []
         self._restart_handlers: list[RestartHandler] = []
         self._job_messages: asyncio.Queue[JobMessage] = asyncio.Queue()
+        self._sending: set[asyncio.Future[None]] = set()
         self._deaths: deque[float] = deque()
         self._epoch = 0
         self._stopping = False
@@ -252,6 +253,13 @@ class EngineClient:
         """Stop a job; an engine that is away has none."""
         if self.ready:
             await self._send(protocol.CancelJob(job_id))
+
+    def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
+        """See `EnginePort.set_tenant_weights`; an engine that starts later is told at its start."""
+        if self.ready:
+            message = protocol.SetTenantWeights(dict(weights))
+            self._sending.add(task := asyncio.ensure_future(self._send(message)))
+            task.add_done_callback(self._sending.discard)
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         """See `EnginePort.subscribe_jobs`."""

@@ -6,7 +6,7 @@ the engine process over ZeroMQ and restarts it; whoever calls here knows neither
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Protocol, TypeAlias
 
 from weft_server import protocol
@@ -73,6 +73,9 @@ class EnginePort(Protocol):
 
     async def cancel_job(self, job_id: str) -> None:
         """Stop a job; answered by `JobStopped` through the job handlers. Unknown ids are ignored."""
+
+    def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
+        """Give tenants new fair shares, from the next iteration on."""
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         """Call `handler` with every message about jobs, one at a time, in the engine's order."""

@@ -8,6 +8,7 @@ uint8 `[total]` (1 where the token is to be predicted), `offsets` int64 `[n + 1]
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import safetensors.torch
 import torch
@@ -53,9 +54,22 @@ class Dataset:
             raise DatasetError(f"the tokenized dataset cannot be read: {error}") from error
         if len(self._offsets) != len(self._lines) + 1 or self._offsets[-1] != len(self._tokens):
             raise DatasetError("the tokenized dataset is inconsistent: offsets do not cover the tokens")
+        if min(self.lengths, default=1) < 1:
+            raise DatasetError("the tokenized dataset is inconsistent: an example has no tokens")
+        if len(self._tokens) and int(self._tokens.min()) < 0:
+            raise DatasetError("the tokenized dataset has a negative token id")
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [end - start for start, end in pairwise(self._offsets)]
+
+    def line(self, idx: int) -> int:
+        """The 1-based line of the JSONL file that an example came from."""
+        return self._lines[idx]
 
     @property
     def max_token_id(self) -> int:

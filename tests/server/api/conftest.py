@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,7 @@ class ScriptedEngine:
         self.info: protocol.EngineReady | None = engine_info()
         self.heartbeat: protocol.Heartbeat | None = None
         self.ready = True
+        self.tenant_weights: dict[str, float] = {}
         self.why_not_ready: str | None = None
         self.script: Script = lambda request: self.say(request, "Hello there!")
 
@@ -133,6 +134,9 @@ class ScriptedEngine:
 
     async def cancel_job(self, job_id: str) -> None:
         return None
+
+    def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
+        self.tenant_weights = dict(weights)
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         return None

@@ -104,14 +104,20 @@ def test_a_hangup_signal_reloads_the_keys_and_a_bad_file_changes_nothing(
 
     reloaded: list[bool] = []
     reload = tenants.reload
-    tenants.reload = lambda: reloaded.append(reload())
+
+    def noting_reload() -> bool:
+        reloaded.append(reload())
+        return reloaded[-1]
+
+    tenants.reload = noting_reload
     asyncio.run(hang_up_after("[[tenants]]\nname = 5\n"))
     assert reloaded == [False]
     assert "keeping the previous API keys" in caplog.text
     assert api.client(ALICE.secret).models.list().data
     reloaded.clear()
-    asyncio.run(hang_up_after(f'[[tenants]]\nname = "carol"\nkeys = ["{BOB.digest}"]\n'))
+    asyncio.run(hang_up_after(f'[[tenants]]\nname = "carol"\nweight = 3\nkeys = ["{BOB.digest}"]\n'))
     assert reloaded == [True]
+    assert api.engine.tenant_weights == {"carol": 3.0}
     with pytest.raises(openai.AuthenticationError):
         api.client(ALICE.secret).models.list()
     api.client(BOB.secret).completions.create(model=BASE, prompt="x")

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,6 +96,9 @@ class ScriptedEngine:
 
     async def cancel_job(self, job_id: str) -> None:
         self.cancelled.append(job_id)
+
+    def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
+        del weights
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         self._job_handlers.append(handler)

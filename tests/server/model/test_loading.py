@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
@@ -22,6 +21,8 @@ from weft_server.model.random import random_weights
 from weft_server.model.weights import DecoderWeights, LayerWeights
 from weft_server.quant import nf4
 from weft_server.quant.linear import QuantizedLinear
+
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 CPU = torch.device("cpu")
 FAMILIES = {

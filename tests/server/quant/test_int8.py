@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 
 from weft_kernels.int8 import dequantize
 from weft_server.quant import int8
+
+bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 
 def test_codes_and_scales_are_those_of_bitsandbytes() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import Tensor
 
 from weft_kernels.nf4 import NESTED_BLOCK_SIZE, dequantize
 from weft_server.quant import nf4
+
+bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
