@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup check format test test-all test-gpu demo serve base-model clean
+.PHONY: setup check format test test-slow test-all test-gpu demo serve base-model clean
 .DEFAULT_GOAL := test
 
 setup: $(INSTALLED)
@@ -27,8 +27,10 @@ format: setup
 test: setup
 	$(BIN)/pytest --timeout 300 -m "not slow and not gpu"
 
-test-all: setup
-	$(BIN)/pytest --timeout 600 -m "not gpu"
+test-slow: setup
+	$(BIN)/pytest --timeout 600 -m "slow and not gpu"
+
+test-all: test test-slow
 
 # For a machine with a GPU that has torch, triton, safetensors, tokenizers, transformers, peft and pytest, and
 # neither Weft's web stack nor a virtual environment: engine, kernels and training only.

@@ -1,4 +1,4 @@
-"""Without a CUDA device, Triton kernels run in its interpreter, which must be chosen before the first import of
+"""Without a CUDA device, Triton runs in its interpreter, which must be chosen before the first import of
 triton (transformers, peft and bitsandbytes import it too)."""
 
 import os

@@ -97,9 +97,11 @@ def _add_steps(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None
 
 
 def _add_windows(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:
+    """As many windows as fit, the oldest pack first; those of one pack are computed together."""
     for pack in state.training.alive:
-        if pack.status is PackStatus.FORWARDING and not _add_window(state, draft, pack, budget_s):
-            return
+        while pack.status is PackStatus.FORWARDING:
+            if not _add_window(state, draft, pack, budget_s):
+                return
 
 
 def _add_slices(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:

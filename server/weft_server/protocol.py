@@ -250,6 +250,7 @@ class CheckFailed:
     status: int
     code: str
     message: str
+    param: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ async def running_server(settings: Settings) -> AsyncIterator[tuple[RunningServe
 
 
 def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, EngineClient]:
-    name = settings.served_model_name or ("weft-demo" if settings.model == "demo" else model_dir.name)
+    name = settings.served_model_name or _base_name(settings)
     metrics = Metrics(name)
     tenants = TenantRegistry(settings.api_keys)
     engine = EngineClient(_launch(settings, model_dir, tenants), observer=metrics)
@@ -147,10 +147,19 @@ def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, 
     return services, engine
 
 
+def _base_name(settings: Settings) -> str:
+    """A directory's name, or the hub id itself."""
+    if settings.model == "demo":
+        return "weft-demo"
+    directory = Path(settings.model)
+    return directory.resolve().name if directory.is_dir() else settings.model
+
+
 def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> EngineLaunch:
     def config_json(epoch: int, receive_address: str, send_address: str, flight_record: Path) -> str:
         return EngineConfig(
             model_dir=str(model_dir),
+            model_name=_base_name(settings),
             epoch=epoch,
             receive_address=receive_address,
             send_address=send_address,

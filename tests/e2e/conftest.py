@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -32,6 +31,8 @@ import weft_server
 BUNDLED_MODEL = Path(weft_server.__file__).parent / "demo" / "base_model"
 WEFT = Path(sys.executable).with_name("weft")
 TIMEOUT_S = 90.0
+PLAIN = ("--quantization", "none", "--dtype", "float32", "--tpot-slo-ms", "100")
+"""Comparable with transformers; training that does not wait for a quieter machine."""
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
@@ -303,6 +304,7 @@ def helpers() -> Any:
         wait_until = staticmethod(wait_until)
         run_weft = staticmethod(run_weft)
         lora_files = staticmethod(lora_files)
+        plain = PLAIN
 
     return Helpers
 
@@ -383,17 +385,4 @@ def contract_server(
 @pytest.fixture(scope="session")
 def plain_server(launch: Callable[..., Weft], plain_model: Path) -> Weft:
     """Unquantized float32, so that its numbers are transformers'."""
-    return launch(plain_model, "--quantization", "none", "--dtype", "float32").wait_ready()
-
-
-@pytest.fixture
-def peft_tar() -> Callable[[bytes, Path], Path]:
-    """Unpack a downloaded adapter; returns the directory."""
-    import tarfile
-
-    def unpack(content: bytes, directory: Path) -> Path:
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            tar.extractall(directory, filter="data")
-        return directory
-
-    return unpack
+    return launch(plain_model, *PLAIN).wait_ready()

@@ -221,7 +221,8 @@ class SimulatedEngine:
                 record.forwarded = []
                 if record.slices:
                     assert record.slices[-1][1] == 0, "dropped inside a layer"
-        assert len({s.sequence_id for s in plan.forward}) == len(plan.forward)
+        generated = [s.sequence_id for s in plan.forward if s.kind is not SegmentKind.TRAIN]
+        assert len(set(generated)) == len(generated)
         assert plan.num_forward_tokens <= self.limits.max_batch_tokens
         for segment in plan.forward:
             self.execute_segment(segment, owners)

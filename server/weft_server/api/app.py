@@ -57,7 +57,7 @@ def create_app(services: Services) -> FastAPI:
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
-    listens = threading.current_thread() is threading.main_thread() and services.tenants.has_keys
+    listens = threading.current_thread() is threading.main_thread()
     loop = asyncio.get_running_loop()
     if listens:
         loop.add_signal_handler(signal.SIGHUP, _reload_tenants, services)
@@ -70,7 +70,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _reload_tenants(services: Services) -> None:
     if services.tenants.reload():
-        services.engine.set_tenant_weights({tenant.name: tenant.weight for tenant in services.tenants.tenants})
+        weights = {tenant.name: tenant.weight for tenant in services.tenants.tenants}
+        services.engine.set_tenant_weights(weights)
 
 
 async def _client_disconnected(_request: Request, _error: Exception) -> Response:

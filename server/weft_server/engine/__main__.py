@@ -11,4 +11,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from weft_server.engine.process import main
 
-sys.exit(main())
+status = main()
+sys.stdout.flush()
+sys.stderr.flush()
+# Everything is saved and sent. Running the interpreter's finalizers beside live native threads can abort.
+os._exit(status)

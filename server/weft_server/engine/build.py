@@ -146,7 +146,7 @@ def assemble_engine(
         max_model_len=limits.max_model_len,
         device=device,
         dtype=weights.dtype,
-        name=Path(config.model_dir).name,
+        name=config.model_name,
     )
     jobs = JobManager(facts, blobs, scheduler, runner, pager, max_pack_tokens=sizes.max_pack_tokens)
     engine = Engine(

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
+
+import torch
 
 from weft_scheduler.cost import PlanFeatures
 from weft_scheduler.limits import Limits
-from weft_scheduler.plan import Segment, SegmentKind, StepPlan
+from weft_scheduler.plan import BackwardSlice, Segment, SegmentKind, StepPlan
 from weft_server.engine.runner import Runner
 from weft_server.engine.sequence import Sequence
 from weft_server.protocol import SamplingParams
+from weft_server.training.data import Example
+from weft_server.training.pack import make_pack
 
 _MAX_SECONDS = 6.0
 _REPEATS = 5
@@ -47,6 +51,7 @@ def calibrate(runner: Runner, limits: Limits) -> Calibration:
             unloaded = seconds
         if time.perf_counter() > deadline:
             break
+    samples += _measure_training(runner, limits)
     return Calibration(samples, unloaded)
 
 
@@ -103,6 +108,48 @@ def _sequence(segment: Segment) -> Sequence:
 def _measure(runner: Runner, plan: StepPlan) -> float:
     runner.submit(plan, {}).result()
     return median(runner.submit(plan, {}).result().elapsed_s for _ in range(_REPEATS))
+
+
+def _measure_training(runner: Runner, limits: Limits) -> list[tuple[PlanFeatures, float]]:
+    """One window forward with its loss head, and all its backward slices, without an adapter."""
+    num_tokens = min(limits.window_tokens, limits.max_pack_tokens, limits.max_batch_tokens)
+    if num_tokens < 2:
+        return []
+    example = Example(
+        0, 1, torch.zeros(num_tokens, dtype=torch.int64), torch.zeros(num_tokens, dtype=torch.int64)
+    )
+    pack = make_pack("calibration", "calibration", [example], device=runner.device)
+    segment = Segment(
+        sequence_id=pack.pack_id,
+        kind=SegmentKind.TRAIN,
+        start=0,
+        num_tokens=num_tokens,
+        adapter_slot=limits.num_adapter_slots - 1,
+        block_ids=tuple(range(limits.num_blocks_for(num_tokens))),
+        with_loss=True,
+    )
+    forward = StepPlan(iteration=0, forward=(segment,))
+    backward = StepPlan(
+        iteration=0,
+        forward=(),
+        backward=tuple(
+            BackwardSlice(0, (pack.pack_id,), layer, 0) for layer in reversed(range(limits.num_layers))
+        ),
+    )
+    runner.add_pack(pack)
+    try:
+        return [
+            (replace(_features(forward), loss_tokens=num_tokens), _measure(runner, forward)),
+            (
+                PlanFeatures(
+                    backward_token_layers=num_tokens * limits.num_layers,
+                    num_backward_slices=limits.num_layers,
+                ),
+                _measure(runner, backward),
+            ),
+        ]
+    finally:
+        runner.remove_pack(pack.pack_id)
 
 
 def _features(plan: StepPlan) -> PlanFeatures:

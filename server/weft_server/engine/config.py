@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 class EngineConfig:
     """Settings of one engine process. None means: sized from free memory and device.
 
-    `model_dir` is a local Hugging Face directory. `receive_address` and `send_address` are ZeroMQ endpoints;
-    `epoch` numbers this engine among those that the API process has started. Latencies are milliseconds.
+    `model_dir` is a local Hugging Face directory; `model_name` is what exported adapters call it.
+    `receive_address` and `send_address` are ZeroMQ endpoints; `epoch` numbers this engine among those that
+    the API process has started. Latencies are milliseconds.
     """
 
     model_dir: str
+    model_name: str
     epoch: int
     receive_address: str
     send_address: str

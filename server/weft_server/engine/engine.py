@@ -317,7 +317,9 @@ def _check_result(check: CheckResult) -> AdapterChecked | CheckFailed:
     summary = check.summary
     if summary is None:
         error = check.error or Internal("the check ended without a result")
-        return CheckFailed(check.check_id, error.status, error.code or "invalid_adapter", error.message)
+        return CheckFailed(
+            check.check_id, error.status, error.code or "invalid_adapter", error.message, error.param
+        )
     return AdapterChecked(
         check_id=check.check_id,
         digest=summary.digest,

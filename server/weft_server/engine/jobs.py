@@ -22,7 +22,7 @@ from weft_server.adapters.peft import read_peft, write_peft
 from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
 from weft_server.engine.saving import JobSaver
-from weft_server.errors import WeftError
+from weft_server.errors import Unavailable, WeftError
 from weft_server.protocol import (
     AdapterRef,
     FromEngine,
@@ -43,6 +43,9 @@ from weft_server.training.data import Dataset, DatasetError
 from weft_server.training.job import FinetuneJob, JobError, StepReport
 
 log = logging.getLogger(__name__)
+
+_LOAD_RETRY_S = 2.0
+"""How long a job waits before it is loaded again while the store is away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class JobManager:
         self._max_pack_tokens = max_pack_tokens
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jobs")
         self._loading: dict[str, tuple[StartJob, Future[FinetuneJob]]] = {}
+        self._postponed: dict[str, tuple[float, StartJob]] = {}
         self._saver = JobSaver(self._pool)
         self._packs: dict[str, set[str]] = {}
         self.active: dict[str, FinetuneJob] = {}
@@ -99,10 +103,14 @@ class JobManager:
         """Load a job's data and state in the background; it begins when they are there."""
         if message.job_id in self.active or message.job_id in self._loading:
             return
+        self._postponed.pop(message.job_id, None)
         self._loading[message.job_id] = (message, self._pool.submit(self._load, message))
 
     def cancel(self, job_id: str) -> list[FromEngine]:
         """Stop a job at once; its adapter and gradients are dropped."""
+        if job_id in self._postponed:
+            _, message = self._postponed.pop(job_id)
+            return [JobStopped(job_id, message.lease_epoch)]
         if job_id in self._loading:
             message, future = self._loading.pop(job_id)
             future.cancel()
@@ -129,6 +137,9 @@ class JobManager:
     def poll(self, now: float) -> list[FromEngine]:
         """Begin jobs that finished loading; report checkpoints and adapters that became durable."""
         messages: list[FromEngine] = []
+        for due, postponed in list(self._postponed.values()):
+            if due <= now:
+                self.start(postponed)
         for job_id, (message, future) in list(self._loading.items()):
             if future.done():
                 del self._loading[job_id]
@@ -179,12 +190,12 @@ class JobManager:
     @property
     def is_busy(self) -> bool:
         """True while background work may produce messages."""
-        return bool(self._loading) or self._saver.is_busy
+        return bool(self._loading or self._postponed) or self._saver.is_busy
 
     @property
     def num_running(self) -> int:
         """Jobs that are loading or training."""
-        return len(self.active) + len(self._loading)
+        return len(self.active) + len(self._loading) + len(self._postponed)
 
     # ------------------------------------------------------------ life of a job
 
@@ -196,6 +207,10 @@ class JobManager:
             )
             image.weights.copy_(job.optimizer.master.data)
             self._scheduler.add_training_adapter(job.adapter_key, job.adapter.num_elements)
+        except Unavailable as error:
+            log.warning("job %s waits for the store: %s", message.job_id, error.message)
+            self._postponed[message.job_id] = (now + _LOAD_RETRY_S, message)
+            return []
         except (JobError, WeftError) as error:
             return [JobFailed(message.job_id, message.lease_epoch, error.code or "job_error", error.message)]
         except ValueError as error:

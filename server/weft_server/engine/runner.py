@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,8 @@ from weft_server.training.loss import loss_head
 from weft_server.training.pack import Pack
 
 _PROMPT_LOGPROB_ROWS = 256
+_MAX_FUSED_TOKENS = 1024
+"""Rows of a fused backward call: enough for full speed, few enough for its scratch memory."""
 
 
 @dataclass(slots=True)
@@ -82,12 +84,18 @@ class Runner:
         self._decoder = decoder
         self._cache = cache
         self._table = table
+        self._window_tokens = window_tokens
         self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=decoder.device)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._sequences: dict[str, GeneratedSequence] = {}
         self._packs: dict[str, Pack] = {}
         self._placements: dict[str, PackPlacement] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._decoder.device
 
     # ------------------------------------------------------------ residents
 
@@ -125,8 +133,8 @@ class Runner:
         self._give_up(plan.memory)
         stepping = {job_id: jobs[job_id] for job_id in plan.optimizer_steps if job_id in jobs}
         sampling = self._forward(plan) if plan.forward else None
-        for item in plan.backward:
-            self._run_backward(item, jobs)
+        for item, windows in _fuse_slices(plan.backward, _MAX_FUSED_TOKENS // self._window_tokens):
+            self._run_backward(item, windows, jobs)
         clock.stop()
 
         def collect() -> RunResult:
@@ -306,7 +314,7 @@ class Runner:
 
     # ------------------------------------------------------------ backward
 
-    def _run_backward(self, item: BackwardSlice, jobs: Mapping[str, FinetuneJob]) -> None:
+    def _run_backward(self, item: BackwardSlice, windows: range, jobs: Mapping[str, FinetuneJob]) -> None:
         placements: Sequence[PackPlacement] = [
             self._placements[pack_id] for pack_id in item.pack_ids if pack_id in self._placements
         ]
@@ -315,7 +323,23 @@ class Runner:
         grads = {
             p.adapter_slot: jobs[p.pack.job_id].optimizer.grad for p in placements if p.pack.job_id in jobs
         }
-        self._backward.run_slice(item.wave_id, placements, item.layer, item.window, grads)
+        self._backward.run_slice(item.wave_id, placements, item.layer, windows, grads)
+
+
+def _fuse_slices(slices: Sequence[BackwardSlice], max_windows: int) -> Iterator[tuple[BackwardSlice, range]]:
+    """Neighbouring windows of one wave and layer as one: the slice of the lowest (whose packs include those
+    of the others) and the windows. What the plan runs, and its order, stay the same."""
+    group: list[BackwardSlice] = []
+    for item in slices:
+        if group:
+            last = group[-1]
+            follows = (item.wave_id, item.layer, item.window) == (last.wave_id, last.layer, last.window - 1)
+            if not follows or len(group) >= max(1, max_windows // len(item.pack_ids)):
+                yield last, range(last.window, group[0].window + 1)
+                group = []
+        group.append(item)
+    if group:
+        yield group[-1], range(group[-1].window, group[0].window + 1)
 
 
 class _DeviceClock:

@@ -42,7 +42,7 @@ class DeviceDefaults:
 CPU_DEFAULTS = DeviceDefaults(
     max_num_seqs=64,
     max_batch_tokens=1024,
-    window_tokens=256,
+    window_tokens=64,
     max_pack_tokens=1024,
     pipeline_depth=0,
     cache_share=0.25,

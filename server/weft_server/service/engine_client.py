@@ -25,7 +25,7 @@ import zmq
 import zmq.asyncio
 
 from weft_server import protocol
-from weft_server.errors import Internal, InvalidRequest, Unavailable, WeftError
+from weft_server.errors import ConfigError, Internal, InvalidRequest, Unavailable, WeftError
 from weft_server.flight_recorder import read_flight_record
 from weft_server.protocol import FromEngine, ToEngine
 from weft_server.service.engine_port import JobHandler, JobMessage, RestartHandler
@@ -229,7 +229,7 @@ class EngineClient:
                     return
         finally:
             if self._streams.pop(request.request_id, None) is not None and self.ready:
-                with contextlib.suppress(WeftError):
+                with contextlib.suppress(WeftError, zmq.ZMQError):
                     await self._send(protocol.Abort(request.request_id))
 
     async def check_adapter(self, config_blob: str, weights_blob: str) -> protocol.AdapterChecked:
@@ -287,17 +287,14 @@ class EngineClient:
     # ------------------------------------------------------------ supervision
 
     async def _supervise(self) -> None:
+        suspects: set[str] = set()
         while not self._stopping:
-            suspects: set[str] = set()
-            if self._current is not None:
-                suspects = await self._bury(self._current)
-                if self._given_up:
-                    return
             process = await self._spawn()
             self._current = process
             receiver = asyncio.create_task(self._receive(process, suspects))
             watcher = asyncio.create_task(self._watch(process))
             await process.process.wait()
+            process.ready.clear()
             # What the engine had sent before it died is still in the socket.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._drained(process), 1.0)
@@ -312,6 +309,10 @@ class EngineClient:
                 )
                 self._first_ready.set()
                 self._given_up = True
+                return
+            self._current = None
+            suspects = self._bury(process)
+            if self._given_up:
                 return
 
     def _is_stopping(self) -> bool:
@@ -340,7 +341,7 @@ class EngineClient:
         log.info("engine %d started (pid %d)", self._epoch, process.pid)
         return _Process(self._epoch, process, to_engine, from_engine, flight_record, time.monotonic())
 
-    async def _bury(self, process: _Process) -> set[str]:
+    def _bury(self, process: _Process) -> set[str]:
         """Count a death, settle what cannot go on, and return the ids that were in the dead engine's last
         plan."""
         suspects = read_flight_record(process.flight_record)
@@ -435,7 +436,9 @@ class EngineClient:
         elif isinstance(message, protocol.AdapterChecked | protocol.CheckFailed):
             self._settle_check(message)
         elif isinstance(message, protocol.EngineFailed):
-            self._start_error = EngineStartFailed(message.message, code=message.code)
+            is_configuration = message.code == ConfigError.default_code
+            kind = ConfigError if is_configuration else EngineStartFailed
+            self._start_error = kind(message.message, code=message.code)
             log.error("the engine cannot start: %s", message.message)
         elif isinstance(message, JobMessage):
             self._job_messages.put_nowait(message)
@@ -456,7 +459,7 @@ class EngineClient:
         if isinstance(message, protocol.AdapterChecked):
             future.set_result(message)
         else:
-            future.set_exception(_error(message.status, message.code, message.message))
+            future.set_exception(_error(message.status, message.code, message.message, message.param))
 
     async def _deliver_job_messages(self) -> None:
         while True:
@@ -468,7 +471,8 @@ class EngineClient:
                     log.exception("a job handler failed on %s", type(message).__name__)
 
 
-def _error(status: int, code: str, message: str) -> WeftError:
-    error = InvalidRequest(message, code=code) if status < 500 else Internal(message, code=code)
+def _error(status: int, code: str, message: str, param: str | None = None) -> WeftError:
+    kind = InvalidRequest if status < 500 else Internal
+    error = kind(message, code=code, param=param)
     error.status = status
     return error

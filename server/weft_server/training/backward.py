@@ -34,7 +34,7 @@ class PackPlacement:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """One window of every pack that has it; the same for all layers."""
+    """Consecutive windows of every pack that has the first of them; the same for all layers."""
 
     spans: tuple[tuple[PackPlacement, int, int], ...]
     chunks: tuple[tuple[PackPlacement, PackChunk], ...]
@@ -50,7 +50,7 @@ class WindowedBackward:
         self._cache = cache
         self._table = table
         self._window_tokens = window_tokens
-        self._windows: dict[tuple[int, tuple[str, ...], int], _Window] = {}
+        self._windows: dict[tuple[int, tuple[str, ...], range], _Window] = {}
         self._wave_id: int | None = None
 
     @torch.no_grad()
@@ -59,24 +59,24 @@ class WindowedBackward:
         wave_id: int,
         placements: Sequence[PackPlacement],
         layer: int,
-        window: int,
+        windows: range,
         grads: Mapping[int, Tensor],
     ) -> None:
-        """Descend one window through one layer.
+        """Descend consecutive windows through one layer, as one: any cut of a pack is exact.
 
         Args:
             wave_id: slices of one wave share what does not depend on the layer.
-            placements: the packs of the wave that have this window.
+            placements: the packs of the wave that have the first of these windows.
             layer: index of the layer; later layers and, in this layer, later windows are done.
-            window: index of the window from the start of the packs.
+            windows: indices of the windows from the start of the packs, ascending.
             grads: flat gradient of each adapter slot, added to.
         """
         if wave_id != self._wave_id:
             self._windows.clear()
             self._wave_id = wave_id
-        key = (wave_id, tuple(placement.pack.pack_id for placement in placements), window)
+        key = (wave_id, tuple(placement.pack.pack_id for placement in placements), windows)
         if key not in self._windows:
-            self._windows[key] = self._build(placements, window)
+            self._windows[key] = self._build(placements, windows)
         prepared = self._windows[key]
         d_input = self._decoder.backward_layer(
             layer,
@@ -97,13 +97,13 @@ class WindowedBackward:
         """Drop what is remembered of the current wave (its packs changed or moved)."""
         self._windows.clear()
 
-    def _build(self, placements: Sequence[PackPlacement], window: int) -> _Window:
+    def _build(self, placements: Sequence[PackPlacement], windows: range) -> _Window:
         spans, chunks, lora_runs, slots, row = [], [], [], [], 0
         block_size = self._cache.block_size
         for placement in placements:
             pack = placement.pack
-            first = window * self._window_tokens
-            end = min(first + self._window_tokens, pack.num_tokens)
+            first = windows.start * self._window_tokens
+            end = min(windows.stop * self._window_tokens, pack.num_tokens)
             spans.append((placement, first, end))
             chunks += [
                 (placement, chunk)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from weft_server.protocol import JobSpec
 from weft_server.training.schedule import learning_rate
@@ -29,20 +30,18 @@ class NonFiniteGradient(Exception):
 
 
 class FlatAdamW:
-    """`torch.optim.AdamW` over one flat fp32 (or fp64) parameter vector."""
+    """`torch.optim.AdamW` over one flat fp32 (or fp64) parameter vector, `master`.
+
+    Its functional form: the class imports torch's compiler, which would halt a serving engine for seconds.
+    """
 
     def __init__(self, master: Tensor, spec: JobSpec) -> None:
-        self.master = torch.nn.Parameter(master)
+        self.master = master
         self.grad = torch.zeros_like(master)
+        self._m = torch.zeros_like(master)
+        self._v = torch.zeros_like(master)
+        self._num_updates = torch.zeros((), dtype=torch.float32, device=master.device)
         self._spec = spec
-        self._optimizer = torch.optim.AdamW(
-            [self.master],
-            lr=spec.learning_rate,
-            betas=(spec.adam_beta1, spec.adam_beta2),
-            eps=spec.adam_eps,
-            weight_decay=spec.weight_decay,
-            fused=True,
-        )
 
     @torch.no_grad()
     def step(self, step: int, num_target_tokens: int) -> OptimizerReport:
@@ -58,33 +57,39 @@ class FlatAdamW:
         if self._spec.max_grad_norm > 0:
             self.grad *= min(1.0, self._spec.max_grad_norm / (norm + _CLIP_EPS))
         rate = learning_rate(self._spec, step)
-        self._optimizer.param_groups[0]["lr"] = rate
-        self.master.grad = self.grad
-        self._optimizer.step()
-        self.master.grad = None
+        adamw(
+            [self.master],
+            [self.grad],
+            [self._m],
+            [self._v],
+            [],
+            [self._num_updates],
+            fused=True,
+            amsgrad=False,
+            beta1=self._spec.adam_beta1,
+            beta2=self._spec.adam_beta2,
+            lr=rate,
+            weight_decay=self._spec.weight_decay,
+            eps=self._spec.adam_eps,
+            maximize=False,
+        )
         self.grad.zero_()
         return OptimizerReport(grad_norm=norm, learning_rate=rate)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of `master`, `m`, `v` on the CPU, and Adam's own step count `[1]`."""
-        state = self._optimizer.state.get(self.master, {})
-        zeros = torch.zeros_like(self.master.data)
         vectors = {
-            "master": self.master.data,
-            "m": state.get("exp_avg", zeros),
-            "v": state.get("exp_avg_sq", zeros),
+            "master": self.master,
+            "m": self._m,
+            "v": self._v,
+            "adam_step": self._num_updates.reshape(1),
         }
-        count = torch.tensor([float(state.get("step", 0.0))])
-        return {name: vector.to("cpu", copy=True) for name, vector in vectors.items()} | {"adam_step": count}
+        return {name: vector.to("cpu", copy=True) for name, vector in vectors.items()}
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
         self.master.copy_(state["master"])
+        self._m.copy_(state["m"])
+        self._v.copy_(state["v"])
+        self._num_updates.copy_(state["adam_step"].reshape(()))
         self.grad.zero_()
-        if float(state["adam_step"]) > 0:
-            self._optimizer.state[self.master] = {
-                "step": state["adam_step"].to(self.master.device, torch.float32, copy=True).reshape(()),
-                "exp_avg": state["m"].to(self.master.device, self.master.dtype, copy=True),
-                "exp_avg_sq": state["v"].to(self.master.device, self.master.dtype, copy=True),
-            }

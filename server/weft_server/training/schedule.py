@@ -8,8 +8,11 @@ from weft_server.protocol import JobSpec
 
 
 def learning_rate(spec: JobSpec, step: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `spec.total_steps`."""
-    warmup_steps = math.ceil(spec.total_steps * spec.warmup_ratio)
+    """Learning rate of optimizer step `step` (from 0) of `spec.total_steps`.
+
+    A warm-up begins at zero, as in transformers; it never takes all steps, so a job of one step trains.
+    """
+    warmup_steps = min(math.ceil(spec.total_steps * spec.warmup_ratio), spec.total_steps - 1)
     if step < warmup_steps:
         return spec.learning_rate * step / max(1, warmup_steps)
     remaining = max(1, spec.total_steps - warmup_steps)

@@ -156,6 +156,7 @@ class Harness:
         limits = Limits(**(sizes | self.limits))
         config = EngineConfig(
             model_dir="tiny",
+            model_name="tiny",
             epoch=1,
             receive_address="",
             send_address="",
