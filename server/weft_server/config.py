@@ -285,6 +285,11 @@ _SERVICE_LINKS = re.compile(r"WEFT_(\w+_)?(SERVICE_(HOST|PORT\w*)|PORT_\d+_(TCP|
 """What Kubernetes injects into every pod beside a Service called weft."""
 
 
+def default_data_dir() -> Path:
+    """The user's data folder for Weft."""
+    return Path(platformdirs.user_data_dir("weft", appauthor=False))
+
+
 def load_settings(
     flags: Mapping[str, object],
     *,
@@ -303,7 +308,7 @@ def load_settings(
     """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {option.name: option.default for option in OPTIONS}
-    values["data_dir"] = Path(platformdirs.user_data_dir("weft", appauthor=False))
+    values["data_dir"] = default_data_dir()
     values.update(_from_file(config or environ.get(CONFIG_ENV) or None))
     values.update(_from_environment(environ))
     for option in OPTIONS:

@@ -20,12 +20,13 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from weft_server.config import Settings
+from weft_server.config import Settings, default_data_dir
 from weft_server.demo.client import DemoClient, DemoError
 from weft_server.demo.screen import Screen
 from weft_server.demo.state import DemoState, Job, Latencies, Stream
 from weft_server.demo.tasks import FINETUNE_TASKS, FinetuneTask, from_jsonl
 from weft_server.demo.voices import VOICES, Voice
+from weft_server.errors import ConfigError
 from weft_server.log import configure_logging
 from weft_server.service.tenants import new_key
 from weft_server.serving import RunningServer, running_server
@@ -54,11 +55,17 @@ def run_demo(settings: Settings, *, exit_when_done: bool) -> int:
     """Show the main job; returns the exit status (1 if a job failed).
 
     Without `exit_when_done` the server goes on serving until it is interrupted. Nothing is kept on disk
-    unless `--data-dir` was given.
+    unless a data directory was chosen.
 
     Raises:
+        ConfigError: an option that the demo cannot honour.
         WeftError: the server cannot start.
     """
+    if settings.api_keys is not None:
+        raise ConfigError(
+            f"--api-keys is {settings.api_keys}, but the demo makes its own two tenants; "
+            "use `weft serve demo`"
+        )
     configure_logging("warning" if settings.log_level == "info" else settings.log_level)
     return asyncio.run(_run(settings, exit_when_done))
 
@@ -76,7 +83,7 @@ async def _run(settings: Settings, exit_when_done: bool) -> int:
         chosen = dataclasses.replace(
             settings,
             api_keys=keys_file,
-            data_dir=Path(scratch) / "data",
+            data_dir=_data_dir(settings, Path(scratch)),
             port=_free_port(settings.host, settings.port),
         )
         state = _new_state()
@@ -104,6 +111,11 @@ async def _run(settings: Settings, exit_when_done: bool) -> int:
                 await asyncio.gather(show, return_exceptions=True)
                 for actor in actors:
                     await actor.client.aclose()
+
+
+def _data_dir(settings: Settings, scratch: Path) -> Path:
+    """The chosen data directory; a scratch one instead of the default."""
+    return scratch / "data" if settings.data_dir == default_data_dir() else settings.data_dir
 
 
 def _new_state() -> DemoState:

@@ -42,16 +42,16 @@ class TrainSettings:
     seed: int = 1
     vocab_size: int = 3072
     num_tokenizer_documents: int = 40_000
-    num_steps: int = 1800
+    num_steps: int = 1600
     step_tokens: int = 2048
-    row_tokens: int = 256
+    row_tokens: int = 128
     long_row_tokens: int = 1024
-    num_long_steps: int = 100
-    num_warmup_steps: int = 100
+    num_long_steps: int = 40
+    num_warmup_steps: int = 60
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
-    prompt_target_share: float = 0.1
+    prompt_target_share: float = 0.05
     num_threads: int = 1
 
 
@@ -87,6 +87,7 @@ def model_config(settings: TrainSettings, tokenizer: Tokenizer) -> LlamaConfig:
         max_position_embeddings=settings.long_row_tokens,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
+        initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=tokenizer.token_to_id(corpus.TURN_END),
         pad_token_id=tokenizer.token_to_id(corpus.PADDING),
@@ -115,16 +116,15 @@ def next_rows(
 
 
 def mean_loss(model: LlamaForCausalLM, token_ids: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token loss of the marked tokens, computed in bf16 and summed in fp32.
+    """Return the mean next-token loss of the marked tokens, a scalar in fp32.
 
     Args:
         model: the model, fp32.
         token_ids: `[rows, tokens]`, int64.
         marks: `[rows, tokens]`, bool; the head runs only where the next token is marked.
     """
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(input_ids=token_ids, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1][marks[:, 1:]])  # [marked, vocabulary]
+    hidden = model.model(input_ids=token_ids, use_cache=False).last_hidden_state
+    logits = model.lm_head(hidden[:, :-1][marks[:, 1:]])  # [marked, vocabulary]
     return nn.functional.cross_entropy(logits.float(), token_ids[:, 1:][marks[:, 1:]])
 
 

@@ -31,18 +31,11 @@ def capitalized(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def pseudo_word(rng: Random) -> str:
-    """Return a made-up word of two to four syllables, so that copying is learnt and not a list of words."""
-    return "".join(rng.choice(lexicon.SYLLABLES) for _ in range(rng.randint(2, 4)))
-
-
 def some_words(rng: Random, num_words: int) -> list[str]:
     """Return `num_words` different words: mostly of the lexicon, sometimes names, cities or made-up ones."""
     draw = rng.random()
-    if draw < 0.6:
+    if draw < 0.5:
         return rng.sample(WORD_POOL, num_words)
-    if draw < 0.7:
+    if draw < 0.75:
         return rng.sample(lexicon.FIRST_NAMES, num_words)
-    if draw < 0.8:
-        return rng.sample(lexicon.CITIES, num_words)
-    return [pseudo_word(rng) for _ in range(num_words)]
+    return rng.sample(lexicon.CITIES, num_words)
