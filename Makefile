@@ -46,7 +46,7 @@ serve: setup
 
 # Trains the bundled base model again (at most an hour on two cores); the result is what the wheel ships.
 base-model: setup
-	$(BIN)/python -m weft_server.demo.train_base
+	$(BIN)/python -m weft_server.demo.train_base --out server/weft_server/demo/base_model
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

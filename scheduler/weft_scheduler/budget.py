@@ -15,6 +15,7 @@ MAX_OPEN_S = 0.5
 """The longest iteration while nobody waits for tokens."""
 
 _WINDOW = 64
+_FEWEST_ALONE = 8
 _LOWEST, _HIGHEST = 0.1, 1.5
 _FASTEST_CUT, _FASTEST_GROWTH = 0.7, 1.05
 
@@ -48,6 +49,9 @@ class BudgetController:
     compared with the target: above it the budget is cut in proportion (by 0.3 at most), below it the budget
     grows in proportion (by 5 % at most), within 0.1 and 1.5 of the target. A fresh window each time, so that
     old iterations are not punished twice.
+
+    Finetuning is blamed for its own lateness only: where iterations without it miss the target too (a busy
+    machine, a target below what decoding alone takes), what these take stands in for the target.
     """
 
     def __init__(self, targets: LatencyTargets, max_inflight: int = 1) -> None:
@@ -57,19 +61,27 @@ class BudgetController:
         self.open_budget_s = max(min(targets.ttft_s / 4.0, MAX_OPEN_S) / max_inflight, self.decode_budget_s)
         self.measured_s: float | None = None
         self._times: list[float] = []
+        self._times_alone: list[float] = []
 
-    def observe(self, elapsed_s: float, num_decodes: int) -> None:
+    def observe(self, elapsed_s: float, num_decodes: int, *, has_training: bool = True) -> None:
         """Learn the time of a committed iteration; those without decodes delay nobody's next token."""
         if not num_decodes:
             return
         self._times.append(elapsed_s)
+        if not has_training:
+            self._times_alone.append(elapsed_s)
         if len(self._times) < _WINDOW:
             return
-        self._times.sort()
-        rank = -(-len(self._times) * self.targets.percentile // 100)
-        self.measured_s = self._times[int(rank) - 1]
-        self._times.clear()
-        ratio = self.targets.tpot_s / max(self.measured_s, 1e-9)
+        self.measured_s = self._percentile(self._times)
+        bar_s = self.targets.tpot_s
+        if len(self._times_alone) >= _FEWEST_ALONE:
+            bar_s = max(bar_s, self._percentile(self._times_alone))
+        ratio = bar_s / max(self.measured_s, 1e-9)
         budget_s = self.decode_budget_s * min(max(ratio, _FASTEST_CUT), _FASTEST_GROWTH)
-        tpot_s = self.targets.tpot_s
-        self.decode_budget_s = min(max(budget_s, tpot_s * _LOWEST), tpot_s * _HIGHEST)
+        self.decode_budget_s = min(max(budget_s, self.targets.tpot_s * _LOWEST), bar_s * _HIGHEST)
+        self._times.clear()
+        self._times_alone.clear()
+
+    def _percentile(self, times: list[float]) -> float:
+        rank = -(-len(times) * self.targets.percentile // 100)
+        return sorted(times)[int(rank) - 1]

@@ -22,6 +22,7 @@ class InFlight:
     plan: StepPlan
     features: PlanFeatures
     num_decodes: int
+    has_training: bool
     sampled: tuple[Sequence, ...]
     forwarded: tuple[Pack, ...]
     done: tuple[Pack, ...]
@@ -199,6 +200,7 @@ class PlanDraft:
             plan,
             self.tally.freeze(),
             self.num_decodes,
+            self.num_training_units > 0,
             tuple(self.sampled),
             tuple(self.forwarded),
             tuple(self.done),

@@ -273,7 +273,7 @@ class Scheduler:
         made = self._in_flight.popleft()
         self._state.advance(self._committed_before(self._iteration + 1))
         self.cost.observe(made.features, result.elapsed_s)
-        self.budget.observe(result.elapsed_s, made.num_decodes)
+        self.budget.observe(result.elapsed_s, made.num_decodes, has_training=made.has_training)
         outcomes: list[Outcome] = [*self._commit_tokens(made, result), *self._commit_training(made)]
         return outcomes
 

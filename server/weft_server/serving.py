@@ -53,6 +53,14 @@ class CannotServe(WeftError):
     default_code = "cannot_serve"
 
 
+class StoppedWhileStarting(CannotServe):
+    """A signal came before the engine was ready; `exit_status` is what the signal asks for."""
+
+    def __init__(self, exit_status: int) -> None:
+        super().__init__("stopped before the engine was ready")
+        self.exit_status = exit_status
+
+
 @dataclass(frozen=True, slots=True)
 class RunningServer:
     """A server that is up: where it listens and what the engine announced."""
@@ -71,7 +79,10 @@ def serve(settings: Settings) -> int:
         WeftError: it cannot begin; nothing is left running.
     """
     configure_logging(settings.log_level)
-    return asyncio.run(_serve(settings))
+    try:
+        return asyncio.run(_serve(settings))
+    except StoppedWhileStarting as error:
+        return error.exit_status
 
 
 async def _serve(settings: Settings) -> int:
@@ -215,7 +226,7 @@ async def _serving(
             http.result()
             raise CannotServe("the HTTP server ended before the engine was ready")
         else:
-            raise CannotServe("stopped before the engine was ready")
+            raise StoppedWhileStarting(stopped.result())
     finally:
         collector.cancel()
         ready.cancel()

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -89,11 +89,11 @@ class Weft:
         assert self._ready_line.startswith("Weft is ready: http://"), self.log
         self.url = self._ready_line.split()[-1]
         self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
-        self.client = self.openai()
+        self.client = self.openai_client()
         self.model: str = self.http.get("/ready").json()["model"]
         return self
 
-    def openai(self, key: str = "no-key", **options: Any) -> openai.OpenAI:
+    def openai_client(self, key: str = "no-key", **options: Any) -> openai.OpenAI:
         """A client of OpenAI's that tries once."""
         options = {"max_retries": 0, "timeout": TIMEOUT_S, **options}
         self._clients.append(openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options))
@@ -174,7 +174,7 @@ class Weft:
         """The sum of a metric's samples that have these labels; 0 if there is none."""
         text = self.http.get("/metrics").text
         return sum(
-            sample.value
+            float(sample.value)
             for family in text_string_to_metric_families(text)
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
@@ -211,7 +211,7 @@ class Weft:
     def finetune(
         self, lines: Any, *, model: str | None = None, client: openai.OpenAI | None = None, **weft: Any
     ) -> str:
-        """Submit a job on these lines, one example a step; `weft` are Weft's options. Returns the job's id."""
+        """Submit a job on these lines, one example a step; returns its id. `weft` are Weft's own options."""
         client = client or self.client
         job = client.fine_tuning.jobs.create(
             model=model or self.model,
@@ -248,12 +248,12 @@ class Weft:
                 found[event.data["step"]] = event.data["train_loss"]
         return found
 
-    def wait_for_event(self, job_id: str, text: str) -> str:
-        """Wait for an event whose message contains `text`; returns the message."""
+    def wait_for_event(self, job_id: str, text: str, *, count: int = 1) -> str:
+        """Wait until `count` events have a message with `text`; returns the last one's."""
 
         def find() -> str | None:
-            messages = (event.message for event in self.events(job_id))
-            return next((message for message in messages if text in message), None)
+            found = [event.message for event in self.events(job_id) if text in event.message]
+            return found[-1] if len(found) >= count else None
 
         found: str = wait_until(find, f"the event '{text}' of {job_id}")
         return found
@@ -274,9 +274,7 @@ class Weft:
         )
 
 
-def lora_files(
-    model_dir: Path, *, seed: int = 0, scale: float = 0.3, **config: Any
-) -> tuple[bytes, bytes]:
+def lora_files(model_dir: Path, *, seed: int = 0, scale: float = 0.3, **config: Any) -> tuple[bytes, bytes]:
     """A random adapter of rank 4 on q_proj and down_proj, in PEFT's format, strong enough to change texts."""
     base = json.loads((model_dir / "config.json").read_text())
     hidden, inner = base["hidden_size"], base["intermediate_size"]

@@ -178,7 +178,7 @@ def test_what_cannot_be_done_is_refused_by_name(
     with pytest.raises(openai.BadRequestError) as caught:
         contract_server.client.completions.create(model=contract_server.model, prompt=PROMPT, **fields)
     assert caught.value.code == code
-    assert caught.value.body["type"] == "invalid_request_error"
+    assert caught.value.type == "invalid_request_error"
 
 
 def test_a_prompt_longer_than_the_context_is_refused(contract_server: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -129,6 +130,21 @@ def test_an_adapter_lives_from_upload_to_deletion(
     assert http.get("/v1/adapters/poet").status_code == 404
     assert contract_server.upload_adapter("poet", files[0]).json()["newest"] == 3, "numbers are not reused"
     http.delete("/v1/adapters/poet")
+
+
+def test_requests_for_different_adapters_do_not_disturb_each_other(
+    plain_server: Any, helpers: Any, plain_model: Any
+) -> None:
+    names = [f"mixed{seed}" for seed in range(4)]
+    for seed, name in enumerate(names):
+        files = helpers.lora_files(plain_model, seed=seed)
+        assert plain_server.upload_adapter(name, files).status_code == 200
+    models = [plain_server.model, *names] * 3
+    alone = {model: plain_server.greedy(PROMPT, 60, model=model) for model in models}
+    with ThreadPoolExecutor(len(models)) as pool:
+        together = list(pool.map(lambda model: plain_server.greedy(PROMPT, 60, model=model), models))
+    assert together == [alone[model] for model in models]
+    assert len(set(together)) == 5
 
 
 def test_a_deleted_adapter_still_finishes_the_requests_it_began(

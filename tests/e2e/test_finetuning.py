@@ -123,9 +123,7 @@ def test_peft_computes_the_same_logprobs_with_the_downloaded_adapter(
     )
 
 
-def test_training_goes_on_from_an_adapter_as_its_next_version(
-    plain_server: Any, trained: Any
-) -> None:
+def test_training_goes_on_from_an_adapter_as_its_next_version(plain_server: Any, trained: Any) -> None:
     server = plain_server
     stream = server.stream(PROMPT, 450, model="teller")
     text = next(stream).choices[0].text

@@ -19,7 +19,8 @@ GOLDEN_IDS = [
 def test_the_published_model_writes_its_golden_text(plain_server: Any, plain_model: Any) -> None:
     from transformers import AutoTokenizer
 
-    expected: str = AutoTokenizer.from_pretrained(plain_model).decode(GOLDEN_IDS)
+    tokenizer = AutoTokenizer.from_pretrained(plain_model)
+    expected = str(tokenizer.decode(GOLDEN_IDS))
     for prompt in (GOLDEN_PROMPT, GOLDEN_PROMPT_IDS):
         answer = plain_server.client.completions.create(
             model=plain_server.model, prompt=prompt, max_tokens=40, temperature=0, logprobs=1

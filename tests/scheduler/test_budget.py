@@ -36,6 +36,17 @@ def test_a_machine_that_is_slower_than_predicted_ends_on_target() -> None:
     assert 1.4 * budget.decode_budget_s == pytest.approx(0.05, rel=0.01)
 
 
+def test_lateness_without_finetuning_does_not_cut_finetuning() -> None:
+    budget = BudgetController(LatencyTargets(0.05, 2.0))
+    for idx in range(64 * 3):
+        budget.observe(0.08, num_decodes=1, has_training=idx % 2 == 0)
+    assert budget.decode_budget_s == pytest.approx(0.045)
+    for idx in range(64):
+        has_training = idx % 2 == 0
+        budget.observe(0.16 if has_training else 0.08, num_decodes=1, has_training=has_training)
+    assert budget.decode_budget_s == pytest.approx(0.045 * 0.7)
+
+
 def test_only_the_asked_percentile_counts() -> None:
     tail, median = (BudgetController(LatencyTargets(0.05, 2.0, percentile)) for percentile in (95, 50))
     for idx in range(64):

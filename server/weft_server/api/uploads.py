@@ -14,7 +14,7 @@ from fastapi import Request
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from weft_server.errors import InvalidRequest, TooLarge, Unprocessable, WeftError
+from weft_server.errors import InvalidRequest, TooLarge, Unavailable, Unprocessable, WeftError
 
 _MAX_TEXT_BYTES = 64 * 1024
 _FRAMING_BYTES = 1 << 20
@@ -46,6 +46,7 @@ async def read_form(
         InvalidRequest: not multipart, malformed, or (OpenAI's) a field is missing, repeated or unknown.
         Unprocessable: (Weft's) a field is missing, repeated or unknown.
         TooLarge: the body exceeds the limit.
+        Unavailable: the disk of the temporary folder is full.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidRequest("The body must be multipart/form-data.", code="invalid_content_type")
@@ -63,6 +64,12 @@ async def read_form(
         raise InvalidRequest(
             f"The multipart body cannot be read: {reason}.", code="invalid_multipart"
         ) from None
+    except OSError as error:
+        raise Unavailable(
+            f"The upload cannot be kept while it arrives: {error.strerror or error}. Try again when the "
+            "server's temporary folder has room.",
+            retry_after_s=5.0,
+        ) from error
     try:
         form = _sorted(data.multi_items(), texts, files, is_openai=is_openai)
         if sum(file.size or 0 for file in form.files.values()) > max_bytes:

@@ -107,7 +107,7 @@ def training_documents(seed: int) -> Iterator[Document]:
             yield (Span(given, is_target=False), Span(again + TEXT_END, is_target=True))
             continue
         if rng.random() < 0.01:
-            name, animal = (rng.choice(lexicon.FIRST_NAMES), rng.choice(lexicon.KINDS["animal"]))
+            name, animal = rng.choice(lexicon.FIRST_NAMES), rng.choice(lexicon.KINDS["animal"])
             yield (Span(story_about(rng, name, animal) + TEXT_END, is_target=True),)
             continue
         num_turns = rng.choices((1, 2, 3), (80, 13, 7))[0]

@@ -231,6 +231,7 @@ async def _train(actor: _Actor, base: str) -> None:
         },
     )
     job.started_s = time.monotonic()
+    job.total_steps = task.num_epochs * -(-task.num_train // task.batch_size)
     while not job.is_finished:
         await asyncio.sleep(_POLL_S)
         _take(job, await actor.client.metrics_events(job_id))
@@ -252,7 +253,6 @@ def _take(job: Job, events: list[dict[str, float]]) -> None:
             job.step = int(event["step"])
             job.losses.append(event["train_loss"])
             job.tokens_per_second = event["tokens_per_second"]
-            job.total_steps = int(event.get("total_steps", job.total_steps))
 
 
 async def _score(actor: _Actor, model: str) -> float:

@@ -74,7 +74,7 @@ class Screen:
             for job in state.jobs
         )
         speed = f"generating {rate:.0f} tok/s, training {_training_rate(state):.0f} tok/s"
-        return f"[{state.phase}] {speed} | {jobs}"
+        return f"{speed} | {jobs} | {state.phase}"
 
     def _page(self) -> RenderableType:
         state = self._state

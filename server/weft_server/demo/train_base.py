@@ -33,26 +33,47 @@ HELD_OUT_SEED = 20_001
 
 
 @dataclass(frozen=True, slots=True)
+class Phase:
+    """A stretch of training with a learning-rate cycle and optimizers of its own.
+
+    Rows have `row_tokens` tokens, in the last `num_long_steps` steps `long_row_tokens`.
+    """
+
+    num_steps: int
+    learning_rate: float
+    num_warmup_steps: int
+    row_tokens: int
+    num_long_steps: int
+    long_row_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSettings:
     """Everything that decides the result besides the corpus.
 
-    `prompt_target_share` is the share of tokens outside the targets that are trained as well, at random.
+    Short rows first: most of what the model learns needs little context, and short rows are cheap. A second
+    phase goes on with longer ones. `prompt_target_share` is the share of tokens outside the targets that are
+    trained as well, at random.
     """
 
     seed: int = 1
     vocab_size: int = 3072
     num_tokenizer_documents: int = 40_000
-    num_steps: int = 1600
+    phases: tuple[Phase, ...] = (
+        Phase(1600, 3e-3, 60, row_tokens=128, num_long_steps=40, long_row_tokens=1024),
+        Phase(420, 2e-3, 30, row_tokens=256, num_long_steps=120, long_row_tokens=512),
+    )
     step_tokens: int = 2048
-    row_tokens: int = 128
-    long_row_tokens: int = 1024
-    num_long_steps: int = 40
-    num_warmup_steps: int = 60
-    learning_rate: float = 3e-3
+    context_tokens: int = 1024
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     prompt_target_share: float = 0.05
     num_threads: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all phases."""
+        return sum(phase.num_steps for phase in self.phases) * self.step_tokens
 
 
 def train_tokenizer(settings: TrainSettings) -> Tokenizer:
@@ -84,7 +105,7 @@ def model_config(settings: TrainSettings, tokenizer: Tokenizer) -> LlamaConfig:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        max_position_embeddings=settings.long_row_tokens,
+        max_position_embeddings=settings.context_tokens,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -116,7 +137,7 @@ def next_rows(
 
 
 def mean_loss(model: LlamaForCausalLM, token_ids: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """Return the mean next-token loss of the marked tokens, a scalar in fp32.
+    """Return the mean next-token loss of the marked tokens, in fp32.
 
     Args:
         model: the model, fp32.
@@ -128,25 +149,27 @@ def mean_loss(model: LlamaForCausalLM, token_ids: torch.Tensor, marks: torch.Ten
     return nn.functional.cross_entropy(logits.float(), token_ids[:, 1:][marks[:, 1:]])
 
 
-def make_optimizers(model: LlamaForCausalLM, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: LlamaForCausalLM, settings: TrainSettings, learning_rate: float
+) -> list[torch.optim.Optimizer]:
     """Return Muon for the decoder's matrices and AdamW for embeddings and norms, on one scale of rates."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(
         matrices,
-        lr=settings.learning_rate,
+        lr=learning_rate,
         weight_decay=settings.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    adamw = torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     return [muon, adamw]
 
 
-def learning_rate_factor(step: int, settings: TrainSettings) -> float:
+def learning_rate_factor(step: int, phase: Phase) -> float:
     """Return the share of the peak learning rate at `step`: linear warm-up, then a cosine to 2 %."""
-    if step < settings.num_warmup_steps:
-        return (step + 1) / settings.num_warmup_steps
-    progress = (step - settings.num_warmup_steps) / max(1, settings.num_steps - settings.num_warmup_steps)
+    if step < phase.num_warmup_steps:
+        return (step + 1) / phase.num_warmup_steps
+    progress = (step - phase.num_warmup_steps) / max(1, phase.num_steps - phase.num_warmup_steps)
     return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
@@ -162,26 +185,42 @@ def train(
 ) -> LlamaForCausalLM:
     """Train the base from scratch and return it in fp32 with bf16-representable weights.
 
-    `wrapped` is the tokenizer as users load it; it asks the held-out prompts on the way. The last
-    `num_long_steps` steps use rows as long as the context, so that every position has been trained.
+    `wrapped` is the tokenizer as users load it; it asks the held-out prompts on the way.
     """
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(model_config(settings, tokenizer))
+    for idx, phase in enumerate(settings.phases):
+        model = run_phase(model, settings, idx, phase, tokenizer, wrapped)
+    return model
+
+
+def run_phase(
+    model: LlamaForCausalLM,
+    settings: TrainSettings,
+    idx: int,
+    phase: Phase,
+    tokenizer: Tokenizer,
+    wrapped: PreTrainedTokenizerFast,
+) -> LlamaForCausalLM:
+    """Train for one phase, on text of its own, and round the weights to bf16."""
+    nn.Module.train(model)
     probe = corpus.held_out_exchanges(HELD_OUT_SEED, num_per_task=3)
-    optimizers = make_optimizers(model, settings)
-    documents = corpus.training_documents(settings.seed)
-    stream = marked_tokens(tokenizer, documents, Random(settings.seed), settings.prompt_target_share)
+    optimizers = make_optimizers(model, settings, phase.learning_rate)
+    seed = settings.seed + idx
+    stream = marked_tokens(
+        tokenizer, corpus.training_documents(seed), Random(seed), settings.prompt_target_share
+    )
     started = time.monotonic()
     recent_losses: list[float] = []
-    for step in range(settings.num_steps):
-        is_long = step >= settings.num_steps - settings.num_long_steps
-        row_tokens = settings.long_row_tokens if is_long else settings.row_tokens
+    for step in range(phase.num_steps):
+        is_long = step >= phase.num_steps - phase.num_long_steps
+        row_tokens = phase.long_row_tokens if is_long else phase.row_tokens
         loss = mean_loss(model, *next_rows(stream, settings.step_tokens // row_tokens, row_tokens))
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * learning_rate_factor(step, settings)
+                group["lr"] = phase.learning_rate * learning_rate_factor(step, phase)
             optimizer.step()
             optimizer.zero_grad()
         recent_losses.append(loss.item())
@@ -189,7 +228,10 @@ def train(
             recent = sum(recent_losses) / len(recent_losses)
             recent_losses.clear()
             rate = (step + 1) * settings.step_tokens / (time.monotonic() - started)
-            print(f"step {step + 1}/{settings.num_steps}  loss {recent:.4f}  {rate:.0f} tokens/s", flush=True)
+            print(
+                f"phase {idx + 1} step {step + 1}/{phase.num_steps}  loss {recent:.4f}  {rate:.0f} tokens/s",
+                flush=True,
+            )
         if (step + 1) % 300 == 0:
             accuracy = total(score_by_task(probe, greedy_answerer(model, wrapped))).accuracy
             print(f"step {step + 1}: {accuracy:.0%} of {len(probe)} held-out prompts", flush=True)
@@ -289,7 +331,7 @@ one seed; no external text, model or tokenizer was used.
 
 Settings: `{json.dumps(asdict(settings))}`
 
-Trained on {settings.num_steps * settings.step_tokens:,} tokens in {wall_s / 60:.0f} minutes on
+Trained on {settings.num_tokens:,} tokens in {wall_s / 60:.0f} minutes on
 {settings.num_threads} CPU thread(s) of a machine that also did other work, torch {torch.__version__}.
 
 Greedy exact match on held-out prompts (none of them occurs in the training text): {overall.num_right} of
@@ -307,14 +349,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train Weft's bundled base model from generated text.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of text and weights")
-    parser.add_argument("--steps", type=int, default=defaults.num_steps, help="optimizer steps")
     parser.add_argument("--threads", type=int, default=defaults.num_threads, help="CPU threads")
     options = parser.parse_args(arguments)
-    settings = TrainSettings(seed=options.seed, num_steps=options.steps, num_threads=options.threads)
+    settings = TrainSettings(seed=options.seed, num_threads=options.threads)
     torch.set_num_threads(settings.num_threads)
     started = time.monotonic()
     tokenizer = train_tokenizer(settings)
-    wrapped = wrap_tokenizer(tokenizer, settings.long_row_tokens)
+    wrapped = wrap_tokenizer(tokenizer, settings.context_tokens)
     model = train(settings, tokenizer, wrapped)
     wall_s = time.monotonic() - started
     exchanges = corpus.held_out_exchanges(HELD_OUT_SEED, num_per_task=50)

@@ -17,7 +17,7 @@ from weft_server.demo.corpus import Exchange, draw_exchange
 ADAPTERS_DIR = Path(__file__).parent / "adapters"
 """Where the shipped adapters lie, one PEFT directory each."""
 
-_TASKS = ("story", "reading", "category", "remark", "capital")
+_TASKS = ("story", "story", "category", "remark", "capital")
 _NUM_TRAIN = 240
 _NUM_PROMPTS = 40
 

@@ -37,6 +37,7 @@ _HEARTBEAT_TIMEOUT_S = 30.0
 _MAX_DEATHS = 5
 _DEATH_WINDOW_S = 300.0
 _SHUTDOWN_TIMEOUT_S = 30.0
+_DRAIN_TIMEOUT_S = 2.0
 _RETRY_AFTER_S = 2.0
 
 
@@ -188,18 +189,13 @@ class EngineClient:
         return self._info
 
     async def stop(self) -> None:
-        """Ask the engine to checkpoint its jobs and exit; kill it if it takes too long."""
+        """Ask the engine to checkpoint its jobs and exit; kill it if it takes too long, or has none yet."""
         self._stopping = True
         process = self._current
         if process is not None and process.process.returncode is None:
-            with contextlib.suppress(zmq.ZMQError):
-                await process.to_engine.send_multipart(encode(protocol.Shutdown(), process.epoch))
-            try:
-                await asyncio.wait_for(process.process.wait(), _SHUTDOWN_TIMEOUT_S)
-            except TimeoutError:
-                log.warning("the engine did not exit within %.0f s; killing it", _SHUTDOWN_TIMEOUT_S)
-                process.process.kill()
-                await process.process.wait()
+            await self._end(process)
+            # The supervisor takes what the engine had sent last: the checkpoints of its jobs.
+            await asyncio.wait(self._tasks[:1], timeout=_DRAIN_TIMEOUT_S)
         while not self._job_messages.empty():
             await asyncio.sleep(0.01)
         for task in self._tasks:
@@ -209,6 +205,20 @@ class EngineClient:
             process.close()
         self._context.term()
         self._socket_dir.cleanup()
+
+    async def _end(self, process: _Process) -> None:
+        if not process.ready.is_set():
+            process.process.kill()
+            await process.process.wait()
+            return
+        with contextlib.suppress(zmq.ZMQError):
+            await process.to_engine.send_multipart(encode(protocol.Shutdown(), process.epoch))
+        try:
+            await asyncio.wait_for(process.process.wait(), _SHUTDOWN_TIMEOUT_S)
+        except TimeoutError:
+            log.warning("the engine did not exit within %.0f s; killing it", _SHUTDOWN_TIMEOUT_S)
+            process.process.kill()
+            await process.process.wait()
 
     # ------------------------------------------------------------ EnginePort
 
@@ -330,6 +340,8 @@ class EngineClient:
         to_engine.bind(receive)
         from_engine.bind(send)
         flight_record = run_dir / "plan"
+        # Should this engine die before it plans anything, the last one's record must not be read again.
+        flight_record.unlink(missing_ok=True)
         config_json = self._launch.config_json(self._epoch, receive, send, flight_record)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "weft_server.engine", stdin=asyncio.subprocess.PIPE

@@ -1,0 +1,70 @@
+"""What stops `weft` before it serves: exit status and a message that names the value and the remedy."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def data_flag(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return ("--data-dir", str(tmp_path_factory.mktemp("data")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--no-such-flag",), "--no-such-flag"),
+        (("--port", "99999"), "--port: '99999' is not allowed"),
+        (("--quantization", "int3"), "auto, nf4, int8 or none"),
+        (("--host", "0.0.0.0"), "--no-auth"),
+        (("--api-keys", "/nowhere.toml"), "/nowhere.toml"),
+        (("--redis-volatile",), "--store"),
+    ],
+)
+def test_a_bad_flag_is_a_usage_error(flags: tuple[str, ...], named: str, helpers: Any) -> None:
+    ended = helpers.run_weft("serve", "demo", *flags)
+    assert ended.returncode == 2
+    assert named in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [({"WEFT_PROT": "1"}, "WEFT_PROT"), ({"WEFT_PORT": "http"}, "WEFT_PORT: 'http' is not allowed")],
+)
+def test_a_bad_variable_is_a_usage_error(env: dict[str, str], named: str, helpers: Any) -> None:
+    ended = helpers.run_weft("serve", "demo", env=env)
+    assert (ended.returncode, named in ended.stderr) == (2, True)
+
+
+def test_a_taken_port_is_a_failure_that_says_so(data_flag: Any, plain_model: Any, helpers: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = helpers.run_weft("serve", str(plain_model), "--port", port, *data_flag)
+    assert ended.returncode == 1
+    assert f"127.0.0.1:{port}" in ended.stderr
+    assert "--port" in ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "broken config", "no weights"])
+def test_what_is_no_model_is_refused_with_its_path(
+    kind: str, data_flag: Any, plain_model: Path, tmp_path: Path, helpers: Any
+) -> None:
+    model = tmp_path / "model"
+    if kind == "file":
+        model.write_text("weights?")
+    elif kind != "missing":
+        model.mkdir()
+    if kind == "broken config":
+        (model / "config.json").write_text("{")
+    if kind == "no weights":
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+            (model / name).write_bytes((plain_model / name).read_bytes())
+    ended = helpers.run_weft("serve", str(model), "--port", "0", *data_flag)
+    assert ended.returncode in (1, 2), ended.stderr
+    assert str(model) in ended.stderr
+    assert "Traceback" not in ended.stderr
