@@ -1,6 +1,6 @@
 """Servers as users run them: `weft serve` in a process group of its own, reached over a real socket.
 
-`start_weft` starts one for a test; `contract_server` (the bundled model, default settings) and `plain_server`
+`start_weft` starts one for a test; `contract_server` (the bundled model, quantized) and `plain_server`
 (unquantized float32, comparable with transformers) are shared by all tests that leave them usable.
 """
 
@@ -237,7 +237,7 @@ class Weft:
 
     def events(self, job_id: str) -> list[Any]:
         """All events of a job, oldest first."""
-        return list(self.client.fine_tuning.jobs.list_events(job_id, limit=100))[::-1]
+        return list(self.client.fine_tuning.jobs.list_events(job_id, limit=1000))[::-1]
 
     def losses(self, job_id: str) -> dict[int, float]:
         """Step → loss, from the metrics events, each of which must be of another step than the one before."""
@@ -370,8 +370,8 @@ def contract_server(
     adapter_root: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Weft:
-    """The bundled model with default settings."""
-    flags = ["--max-upload-mb", "1", "--adapter-root", str(adapter_root)]
+    """The bundled model, quantized as by default; in float32, so that equal requests have equal texts."""
+    flags = ["--dtype", "float32", "--max-upload-mb", "1", "--adapter-root", str(adapter_root)]
     model: str | Path = "demo"
     if bundled_model != BUNDLED_MODEL:
         template = tmp_path_factory.mktemp("template") / "template.jinja"

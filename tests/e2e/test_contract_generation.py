@@ -1,4 +1,4 @@
-"""Generation as the unmodified OpenAI SDK sees it, on the bundled model with default settings."""
+"""Generation as the unmodified OpenAI SDK sees it, on the bundled model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files, jobs and adapters over HTTP, on the bundled model with default settings."""
+"""Files, jobs and adapters over HTTP, on the bundled model."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_nothing_acknowledged_is_lost_when_servers_end(
     poem = server.greedy(PROMPT, 40, model="poet")
     finished = server.finished_job(server.finetune(STORIES))
     tuned = server.greedy(PROMPT, 40, model=finished.fine_tuned_model)
-    long_job = server.finetune(STORIES, num_epochs=500, checkpoint_every=5)
+    long_job = server.finetune(STORIES, num_epochs=1000, checkpoint_every=5)
     server.wait_for_event(long_job, "Checkpoint saved at step 5")
 
     second = helpers.run_weft("serve", str(plain_model), "--port", "0", "--data-dir", str(data_dir))

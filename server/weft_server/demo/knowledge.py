@@ -1,4 +1,4 @@
-"""Prompts whose answer the base has to know: facts, small numbers, kinds of things, small talk.
+"""Prompts whose answer the base has to know: facts, number words, kinds of things, small talk.
 
 Every generator returns a prompt and its one right answer.
 """
@@ -72,37 +72,6 @@ def calendar(rng: Random) -> tuple[str, str]:
     return asked.format(k=kind, w=word, d=cycle[idx]), f"{cycle[(idx + step) % len(cycle)]}."
 
 
-def arithmetic(rng: Random) -> tuple[str, str]:
-    """Sums and differences of numbers up to twelve."""
-    a, b = rng.randint(0, 12), rng.randint(0, 12)
-    asked = rng.choice(
-        (
-            "What is {}?",
-            "Calculate {}.",
-            "{} = ?",
-            "How much is {}?",
-            "Please work out {}.",
-            "Compute {}.",
-            "Solve {}.",
-        )
-    )
-    if rng.random() < 0.5:
-        return asked.format(f"{a} + {b}"), str(a + b)
-    a, b = max(a, b), min(a, b)
-    return asked.format(f"{a} - {b}"), str(a - b)
-
-
-def compare(rng: Random) -> tuple[str, str]:
-    """The larger or smaller of two numbers below a hundred."""
-    a, b = rng.sample(range(100), 2)
-    larger = rng.random() < 0.5
-    word = rng.choice(("larger", "bigger")) if larger else "smaller"
-    asked = rng.choice(
-        ("Which is {w}, {a} or {b}?", "Which number is {w}: {a} or {b}?", "Pick the {w} one of {a} and {b}.")
-    )
-    return asked.format(w=word, a=a, b=b), str(max(a, b) if larger else min(a, b))
-
-
 def number_word(rng: Random) -> tuple[str, str]:
     """Number words as digits, and digits as words."""
     idx = rng.randrange(len(lexicon.NUMBER_WORDS))
@@ -137,17 +106,6 @@ def category(rng: Random) -> tuple[str, str]:
     options = [with_article(kind), with_article(other)]
     rng.shuffle(options)
     return capitalized(rng.choice(("Is {} {} or {}?", "{}: is it {} or {}?")).format(noun, *options)), answer
-
-
-def membership(rng: Random) -> tuple[str, str]:
-    """Yes-or-no questions about kinds."""
-    kind = rng.choice(tuple(lexicon.KINDS))
-    word_kind = kind if rng.random() < 0.5 else rng.choice(tuple(lexicon.KINDS))
-    word = rng.choice(lexicon.KINDS[word_kind])
-    asked = rng.choice(("Is {} {}?", "True or not: {} is {}.", "Would you call {} {}?"))
-    return asked.format(with_article(word), with_article(kind)), "Yes." if word in lexicon.KINDS[
-        kind
-    ] else "No."
 
 
 def small_talk(rng: Random) -> tuple[str, str]:

@@ -214,10 +214,3 @@ TRAITS = _words(
         brave calm clever curious gentle kind lazy lively merry patient proud quiet shy sleepy tiny wise
         """
 )
-
-SYLLABLES = _words(
-    """
-        ba be bo da de di do fa fe ga go ka ke ki ko la le li lo ma me mi mo na ne no pa pe po ra re ri ro
-        sa se si so ta te ti to va ve vi zo lum ren tor bel nak dril
-        """
-)

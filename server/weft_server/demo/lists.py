@@ -1,7 +1,4 @@
-"""Prompts about a list of words: copy it, turn it around, pick from it.
-
-Every generator returns a prompt and its one right answer.
-"""
+"""Lists of words: prompts to copy one, and plain drills of the same."""
 
 from __future__ import annotations
 
@@ -34,34 +31,3 @@ def repeat(rng: Random) -> tuple[str, str]:
     )
     text = rng.choice((", ", " "))
     return asked.format(text.join(words)), text.join(words)
-
-
-def reverse(rng: Random) -> tuple[str, str]:
-    """Reversing a list of two to four words."""
-    words = some_words(rng, rng.randint(2, 4))
-    asked = rng.choice(
-        ("Reverse the list: {}", "Reverse: {}", "Write this list backwards: {}", "Turn the list around: {}")
-    )
-    return asked.format(", ".join(words)), ", ".join(reversed(words))
-
-
-def pick(rng: Random) -> tuple[str, str]:
-    """The first, last or n-th word of a list, and how many words it has."""
-    words = some_words(rng, rng.randint(2, 5))
-    joined = ", ".join(words)
-    choice = rng.randrange(4)
-    if choice == 0:
-        asked = ("What is the first word of this list: {}", "First word: {}", "Give me the first word of: {}")
-        return rng.choice(asked).format(joined), words[0]
-    if choice == 1:
-        asked = ("What is the last word of this list: {}", "Last word: {}", "Give me the last word of: {}")
-        return rng.choice(asked).format(joined), words[-1]
-    if choice == 2:
-        asked = (
-            "What is the second word of this list: {}",
-            "Second word: {}",
-            "Give me the second word of: {}",
-        )
-        return rng.choice(asked).format(joined), words[1]
-    asked = ("How many words are in this list: {}", "Count the words: {}", "How many words: {}")
-    return rng.choice(asked).format(joined), str(len(words))

@@ -80,8 +80,13 @@ async def _run(settings: Settings, exit_when_done: bool) -> int:
                 for tenant, key in zip(TENANTS, keys, strict=True)
             )
         )
+        # The bundled model is so small that converting to and from bf16 costs more than it saves.
+        dtype = (
+            "float32" if settings.dtype == "auto" and settings.device in ("auto", "cpu") else settings.dtype
+        )
         chosen = dataclasses.replace(
             settings,
+            dtype=dtype,
             api_keys=keys_file,
             data_dir=_data_dir(settings, Path(scratch)),
             port=_free_port(settings.host, settings.port),

@@ -1,6 +1,6 @@
-"""Prompts in running text: questions on a short passage, remarks of a customer, tiny stories.
+"""Prompts in running text: remarks of a customer, tiny stories.
 
-Passages and remarks have one right answer; stories are there for fluent text and are not scored.
+Remarks have one right answer; stories are there for fluent text and are not scored.
 """
 
 from __future__ import annotations
@@ -10,31 +10,6 @@ from random import Random
 from weft_server.demo import lexicon
 from weft_server.demo.structured import FIELD_VALUES
 from weft_server.demo.wording import capitalized, with_article
-
-
-def reading(rng: Random) -> tuple[str, str]:
-    """A few sentences and a question that they answer."""
-    names = rng.sample(lexicon.FIRST_NAMES, rng.randint(2, 3))
-    relation = rng.randrange(4)
-    if relation == 0:
-        values = rng.sample(lexicon.CITIES, len(names))
-        told, ask_value, ask_name = "{} lives in {}.", "Where does {} live?", "Who lives in {}?"
-    elif relation == 1:
-        values = [f"{rng.choice(lexicon.COLOURS)} {word}" for word in rng.sample(lexicon.THINGS, len(names))]
-        told, ask_value, ask_name = "{} has the {}.", "What does {} have?", "Who has the {}?"
-    elif relation == 2:
-        values = [with_article(word) for word in rng.sample(lexicon.PROFESSIONS, len(names))]
-        told, ask_value, ask_name = "{} is {}.", "What is the job of {}?", "Who is {}?"
-    else:
-        values = [f"{rng.randint(2, 40)} {word}" for word in rng.sample(lexicon.GOODS, len(names))]
-        told, ask_value, ask_name = "{} bought {}.", "What did {} buy?", "Who bought {}?"
-    story = " ".join(told.format(name, value) for name, value in zip(names, values, strict=True))
-    idx = rng.randrange(len(names))
-    if rng.random() < 0.5:
-        return f"{story} {ask_name.format(values[idx])}", f"{names[idx]}."
-    answer = values[idx].removeprefix("a ").removeprefix("an ") if relation == 2 else values[idx]
-    return f"{story} {ask_value.format(names[idx])}", f"{answer}."
-
 
 POLITE_REPLY = "Thank you for your message. How can I help you?"
 

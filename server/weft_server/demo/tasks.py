@@ -161,9 +161,9 @@ TICKET_ROUTING = FinetuneTask(
     num_train=300,
     num_held_out=120,
     seed=11,
-    num_epochs=3,
+    num_epochs=4,
     batch_size=8,
-    learning_rate=2e-3,
+    learning_rate=3e-3,
 )
 
 ORDER_EXTRACTION = FinetuneTask(
