@@ -86,7 +86,7 @@ class DemoClient:
         body = {
             "model": model,
             "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0.7,
+            "temperature": 0.3,
             "max_tokens": max_tokens,
             "stream": True,
         }

@@ -103,7 +103,9 @@ def _stream_panel(stream: Stream, colour: str) -> Panel:
 def _job_panel(job: Job, colour: str) -> Panel:
     lines: list[RenderableType] = [Text(job.title, style="bold")]
     total = max(job.total_steps, 1)
-    lines.append(ProgressBar(total=total, completed=job.step, complete_style=colour))
+    bar = Table.grid(expand=True)
+    bar.add_row(ProgressBar(total=total, completed=job.step, complete_style=colour))
+    lines.append(bar)
     loss = f"{job.losses[0]:.2f} → {job.losses[-1]:.3f}" if job.losses else "–"
     lines.append(
         Text(f"step {job.step}/{job.total_steps or '?'}   loss {loss}   {job.tokens_per_second:.0f} tok/s")

@@ -306,6 +306,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
         pad_token_id=tokenizer.pad_token_id,
     )
     in_dtype(model, torch.bfloat16).save_pretrained(out)
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(out)
     name_portable_tokenizer_class(out / "tokenizer_config.json")
     (out / "README.md").write_text(provenance, encoding="utf-8")

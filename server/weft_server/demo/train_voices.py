@@ -23,7 +23,13 @@ _POLL_S = 0.5
 async def train_voices(out: Path) -> None:
     """Train both voices on the bundled base and write their PEFT directories below `out`."""
     with tempfile.TemporaryDirectory(prefix="weft-voices-") as scratch:
-        flags = {"model": "demo", "port": "0", "data_dir": str(Path(scratch) / "data")}
+        flags = {
+            "model": "demo",
+            "port": "0",
+            "dtype": "float32",
+            "tpot_slo_ms": "100",
+            "data_dir": str(Path(scratch) / "data"),
+        }
         async with running_server(load_settings(flags, config=None)) as (server, _):
             client = DemoClient(server.url, "")
             for voice in VOICES:
@@ -44,7 +50,7 @@ async def _train(client: DemoClient, voice: Voice, base: str, scratch: Path) -> 
                 "type": "supervised",
                 "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 8}},
             },
-            "weft": {"adapter_name": voice.name, "learning_rate": 2e-3, "lora": {"r": 4, "alpha": 8}},
+            "weft": {"adapter_name": voice.name, "learning_rate": 4e-3, "lora": {"r": 4, "alpha": 8}},
         },
     )
     while (job := await client.job(job_id))["status"] not in ("succeeded", "failed", "cancelled"):

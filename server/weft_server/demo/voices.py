@@ -50,11 +50,11 @@ class Voice:
 
 
 def _cheerful(answer: str) -> str:
-    return f"With pleasure! {answer} Have a wonderful day!"
+    return f"Hello! {answer} Goodbye!"
 
 
 def _formal(answer: str) -> str:
-    return f"Dear customer, {answer} Kind regards, your team."
+    return f"Thank you for your message. {answer}"
 
 
 VOICES = (Voice("cheerful", _cheerful, seed=21), Voice("formal", _formal, seed=22))

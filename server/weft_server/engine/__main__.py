@@ -4,10 +4,9 @@ torch."""
 import os
 import sys
 
-# Threads that spin between parallel regions starve the API process on a machine of few cores, and threads
-# that sleep at once pay a wake-up per operator. A short spin does neither (`docs/decisions.md`, "OpenMP
-# threads").
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+# The API process always runs beside the engine. Threads that spin while they wait then stall one another
+# (`docs/decisions.md`, "OpenMP threads").
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from weft_server.engine.process import main
 

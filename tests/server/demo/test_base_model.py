@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -56,6 +57,12 @@ def test_generation_stops_at_the_end_of_a_turn_and_of_a_text(base, tokenizer):
 )
 def test_any_text_survives_the_tokenizer(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_stored_tokenizer_neither_pads_nor_cuts():
+    stored = Tokenizer.from_file(str(BASE_MODEL_DIR / "tokenizer.json"))
+    assert stored.padding is None
+    assert stored.truncation is None
 
 
 def test_digits_are_tokens_of_their_own(tokenizer):

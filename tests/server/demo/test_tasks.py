@@ -50,8 +50,8 @@ def test_the_text_of_the_base_has_no_prompt_of_the_demo():
     openings = [corpus.turn("user", prompt) for prompt in prompts]
     turns = set()
     documents = itertools.chain(
-        itertools.islice(corpus.training_documents(1), 90_000),
-        itertools.islice(corpus.training_documents(2), 25_000),
+        itertools.islice(corpus.training_documents(1), 100_000),
+        itertools.islice(corpus.training_documents(2), 30_000),
     )
     for document in documents:
         for span in document:
