@@ -15,14 +15,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 check: setup
-	$(BIN)/ruff check server kernels scheduler tests
-	$(BIN)/ruff format --check server kernels scheduler tests
+	$(BIN)/ruff check server kernels scheduler benchmarks tests
+	$(BIN)/ruff format --check server kernels scheduler benchmarks tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: setup
-	$(BIN)/ruff check --fix server kernels scheduler tests
-	$(BIN)/ruff format server kernels scheduler tests
+	$(BIN)/ruff check --fix server kernels scheduler benchmarks tests
+	$(BIN)/ruff format server kernels scheduler benchmarks tests
 
 test: setup
 	$(BIN)/pytest --timeout 300 -m "not slow and not gpu"

@@ -7,6 +7,7 @@ Owns one number per situation; it does not know what fills the time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import median
 
 SAFETY = 0.9
 """The first budget, as a part of the per-token target."""
@@ -24,11 +25,15 @@ _FASTEST_CUT, _FASTEST_GROWTH = 0.7, 1.05
 class LatencyTargets:
     """Per-token latency and time to first token that finetuning yields to, in seconds, at a percentile (0 to
     100).
+
+    With `unloaded_factor`, `tpot_s` is where the per-token target begins: it becomes that many times the
+    median iteration without finetuning, should serving turn out slower than what was measured before it.
     """
 
     tpot_s: float
     ttft_s: float
     percentile: float = 95.0
+    unloaded_factor: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse targets that nothing can meet.
@@ -38,6 +43,8 @@ class LatencyTargets:
         """
         if self.tpot_s <= 0.0 or self.ttft_s <= 0.0:
             raise ValueError(f"tpot_s ({self.tpot_s}) and ttft_s ({self.ttft_s}) must be positive")
+        if self.unloaded_factor is not None and self.unloaded_factor < 1.0:
+            raise ValueError(f"unloaded_factor is {self.unloaded_factor}; it must be at least 1")
         if not 0.0 < self.percentile <= 100.0:
             raise ValueError(f"percentile is {self.percentile}; it must be above 0 and at most 100")
 
@@ -50,6 +57,8 @@ class BudgetController:
     grows in proportion (by 5 % at most), within 0.1 and 1.5 of the target. A fresh window each time, so that
     old iterations are not punished twice.
 
+    `tpot_s` is the per-token target now: fixed, or following `LatencyTargets.unloaded_factor`.
+
     Finetuning is blamed for its own lateness only: where iterations without it miss the target too (a busy
     machine, a target below what decoding alone takes), what these take stands in for the target.
     """
@@ -57,6 +66,7 @@ class BudgetController:
     def __init__(self, targets: LatencyTargets, max_inflight: int = 1) -> None:
         """Start from the targets; with several plans in flight an arrival waits for all of them."""
         self.targets = targets
+        self.tpot_s = targets.tpot_s
         self.decode_budget_s = targets.tpot_s * SAFETY
         self.open_budget_s = max(min(targets.ttft_s / 4.0, MAX_OPEN_S) / max_inflight, self.decode_budget_s)
         self.measured_s: float | None = None
@@ -73,14 +83,25 @@ class BudgetController:
         if len(self._times) < _WINDOW:
             return
         self.measured_s = self._percentile(self._times)
-        bar_s = self.targets.tpot_s
-        if len(self._times_alone) >= _FEWEST_ALONE:
-            bar_s = max(bar_s, self._percentile(self._times_alone))
+        bar_s = self._follow_unloaded()
         ratio = bar_s / max(self.measured_s, 1e-9)
         budget_s = self.decode_budget_s * min(max(ratio, _FASTEST_CUT), _FASTEST_GROWTH)
-        self.decode_budget_s = min(max(budget_s, self.targets.tpot_s * _LOWEST), bar_s * _HIGHEST)
+        self.decode_budget_s = min(max(budget_s, self.tpot_s * _LOWEST), bar_s * _HIGHEST)
         self._times.clear()
         self._times_alone.clear()
+
+    def _follow_unloaded(self) -> float:
+        """What the iterations without finetuning say: moves a relative target; returns the time to compare
+        with.
+        """
+        if len(self._times_alone) < _FEWEST_ALONE:
+            return self.tpot_s
+        factor = self.targets.unloaded_factor
+        if factor is not None:
+            moved = max(self.targets.tpot_s, factor * median(self._times_alone))
+            self.decode_budget_s *= max(1.0, moved / self.tpot_s)
+            self.tpot_s = moved
+        return max(self.tpot_s, self._percentile(self._times_alone))
 
     def _percentile(self, times: list[float]) -> float:
         rank = -(-len(times) * self.targets.percentile // 100)

@@ -47,6 +47,27 @@ def test_lateness_without_finetuning_does_not_cut_finetuning() -> None:
     assert budget.decode_budget_s == pytest.approx(0.045 * 0.7)
 
 
+def feed_alone_and_trained(budget: BudgetController, alone_s: float, trained_s: float) -> None:
+    for idx in range(64):
+        is_alone = idx % 4 == 0
+        budget.observe(alone_s if is_alone else trained_s, num_decodes=1, has_training=not is_alone)
+
+
+def test_a_relative_target_follows_what_decoding_takes_while_serving() -> None:
+    budget = BudgetController(LatencyTargets(0.008, 2.0, unloaded_factor=2.0))
+    feed_alone_and_trained(budget, alone_s=0.007, trained_s=0.014)
+    assert budget.tpot_s == pytest.approx(0.014)
+    assert budget.decode_budget_s == pytest.approx(0.014 * 0.9)
+    feed_alone_and_trained(budget, alone_s=0.001, trained_s=0.002)
+    assert budget.tpot_s == pytest.approx(0.008), "never below the measured unloaded decode"
+
+
+def test_a_target_that_was_asked_for_stays() -> None:
+    budget = BudgetController(LatencyTargets(0.008, 2.0))
+    feed_alone_and_trained(budget, alone_s=0.007, trained_s=0.014)
+    assert budget.tpot_s == 0.008
+
+
 def test_only_the_asked_percentile_counts() -> None:
     tail, median = (BudgetController(LatencyTargets(0.05, 2.0, percentile)) for percentile in (95, 50))
     for idx in range(64):
@@ -81,3 +102,5 @@ def test_without_decodes_the_budget_is_what_an_arrival_may_wait() -> None:
 def test_impossible_targets_are_refused(targets: tuple[float, float, float]) -> None:
     with pytest.raises(ValueError, match="must be"):
         LatencyTargets(*targets)
+    with pytest.raises(ValueError, match="must be"):
+        LatencyTargets(1.0, 1.0, unloaded_factor=0.5)

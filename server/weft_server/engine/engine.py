@@ -270,6 +270,7 @@ class Engine:
             "cost_model_error_p50": scheduler.cost.error_p50,
             "cost_model_error_p95": scheduler.cost.error_p95,
             "iteration_budget_seconds": scheduler.budget.decode_budget_s,
+            "tpot_target_seconds": scheduler.budget.tpot_s,
         }
         counters = self._counters | {
             "finetune_steps": float(self._jobs.num_steps),
