@@ -120,7 +120,7 @@ def _inference_demand(state: SchedulerState) -> list[tuple[Entry, float]]:
     """Missing adapters of waiting requests, tenants taking turns, and since when each is waited for."""
     missing = state.residency.missing
     by_tenant = []
-    for tenant in sorted(state.waiting.tenants, key=state.inference_shares.tag):
+    for tenant in sorted(state.waiting.tenants, key=state.shares.tag):
         heads = [seq for seq in state.waiting.heads(tenant) if seq.spec.adapter in missing]
         by_tenant.append([(missing[seq.spec.adapter or ""], seq.waiting_since_s) for seq in heads])
     return [item for turn in zip_longest(*by_tenant) for item in turn if item is not None]

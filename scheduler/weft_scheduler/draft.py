@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from weft_scheduler.charging import Pieces, split_time
 from weft_scheduler.cost import CostModel, FeatureTally, PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import StepResult
@@ -17,11 +18,16 @@ from weft_scheduler.training import Job, Pack, TrainingQueue, Wave
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InFlight:
-    """A plan that is made and not committed, with the states that its outcomes belong to."""
+    """A plan that is made and not committed, with the states that its outcomes belong to.
+
+    `charges` are the seconds that each tenant has been charged for its predicted time.
+    """
 
     plan: StepPlan
     features: PlanFeatures
+    charges: dict[str, float]
     num_decodes: int
+    has_prefill: bool
     has_training: bool
     sampled: tuple[Sequence, ...]
     forwarded: tuple[Pack, ...]
@@ -58,6 +64,9 @@ class PlanDraft:
     done: list[Pack] = field(default_factory=list)
     stepped: list[Job] = field(default_factory=list)
     tally: FeatureTally = field(default_factory=FeatureTally)
+    training_tally: FeatureTally = field(default_factory=FeatureTally)
+    inference: Pieces = field(default_factory=Pieces)
+    training: Pieces = field(default_factory=Pieces)
     num_decodes: int = 0
     num_prefill_tokens: int = 0
     num_training_units: int = 0
@@ -86,6 +95,7 @@ class PlanDraft:
         self._add_segment(sequence, SegmentKind.DECODE, start, 1, samples=True)
         tally.forward_tokens += 1
         tally.kv_tokens_read += start + 1
+        self.inference.add(sequence.spec.tenant, self.cost.decode_s(start + 1))
         self.num_decodes += 1
 
     def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:
@@ -94,6 +104,7 @@ class PlanDraft:
         samples = start + num_tokens == sequence.prefill_target
         self._count_chunk(start, num_tokens)
         self._add_segment(sequence, SegmentKind.PREFILL, start, num_tokens, samples=samples)
+        self.inference.add(sequence.spec.tenant, self.cost.chunk_s(num_tokens, start + num_tokens))
         self.num_prefill_tokens += num_tokens
 
     def prefill_tokens_within(self, sequence: Sequence, most: int, budget_s: float) -> int:
@@ -122,6 +133,8 @@ class PlanDraft:
         job.step_is_planned = True
         job.last_planned = self.iteration
         self.stepped.append(job)
+        self.training_tally.optimizer_steps += 1
+        self.training.add(job.tenant or "", self.cost.optimizer_step_s)
         self.num_training_units += 1
         return True
 
@@ -156,6 +169,12 @@ class PlanDraft:
         if training.forwarded(pack):
             self.forwarded.append(pack)
         self.num_training_units += 1
+        end, alone = start + num_tokens, self.training_tally
+        alone.forward_tokens += num_tokens
+        alone.kv_tokens_read += end
+        alone.attention_products += num_tokens * end
+        alone.loss_tokens += loss_tokens
+        self.training.add(pack.spec.tenant, self.cost.chunk_s(num_tokens, end, loss_tokens))
         return True
 
     def try_add_slice(
@@ -172,6 +191,12 @@ class PlanDraft:
             tally.num_backward_slices -= 1
             self._uncount_adapters(new)
             return False
+        members = wave.members()
+        for pack in members:
+            own = training.window_range(pack, wave.window)[1]
+            self.training.add(pack.spec.tenant, self.cost.backward_s(own, 1 / len(members)))
+        self.training_tally.backward_token_layers += tokens
+        self.training_tally.num_backward_slices += 1
         part, done = training.sliced(wave, self.iteration)
         self.backward.append(part)
         self.done.extend(done)
@@ -199,7 +224,9 @@ class PlanDraft:
         return InFlight(
             plan,
             self.tally.freeze(),
+            self._charges(plan.predicted_s),
             self.num_decodes,
+            self.num_prefill_tokens > 0,
             self.num_training_units > 0,
             tuple(self.sampled),
             tuple(self.forwarded),
@@ -208,6 +235,11 @@ class PlanDraft:
         )
 
     # ------------------------------------------------------------ inside
+
+    def _charges(self, predicted_s: float) -> dict[str, float]:
+        training_s = self.cost.predict(self.training_tally) if self.num_training_units else 0.0
+        inference_s = self.cost.predict(self.tally.without(self.training_tally))
+        return split_time(predicted_s, self.inference, inference_s, self.training, training_s)
 
     def _add_segment(
         self, sequence: Sequence, kind: SegmentKind, start: int, num_tokens: int, *, samples: bool

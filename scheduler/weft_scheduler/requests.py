@@ -53,16 +53,16 @@ class Sequence:
 
     `num_computed` tokens have keys and values (counting plans in flight), `num_planned` tokens have been
     sampled by plans made, `num_generated` by plans committed. `last_planned` is the last iteration that it
-    took part in. `order` is unique and grows with arrival. Everything below `prefill_target` is computed as
-    prompt.
+    took part in. `arrived_s` is when it was asked for, `waiting_since_s` when it last began to wait. `order`
+    is unique and grows with arrival. Everything below `prefill_target` is computed as prompt.
     """
 
     spec: RequestSpec
     order: int
     max_new_tokens: int
     waiting_since_s: float
+    arrived_s: float
     status: SequenceStatus = SequenceStatus.WAITING
-    is_charged: bool = False
     num_generated: int = 0
     num_planned: int = 0
     num_computed: int = 0

@@ -7,6 +7,7 @@ transition happens when is decided by the policies (`adapter_policy`, `inference
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 
 from weft_scheduler.blocks import BlockAllocator
 from weft_scheduler.cost import CostModel, PlanFeatures
@@ -15,12 +16,12 @@ from weft_scheduler.fairness import FairQueue
 from weft_scheduler.limits import Limits
 from weft_scheduler.requests import Sequence, SequenceStatus, WaitingQueue, sequence_key
 from weft_scheduler.residency import Residency
-from weft_scheduler.training import Pack, TrainingQueue
+from weft_scheduler.training import Pack, PackStatus, TrainingQueue
 
 
 class SchedulerState:
     """The mutable parts. `running` is ordered by (priority, arrival); every plan up to `committed` is
-    committed.
+    committed. `active` counts what each tenant has under way: requests and jobs.
     """
 
     def __init__(self, limits: Limits, cost: CostModel) -> None:
@@ -32,8 +33,8 @@ class SchedulerState:
             limits.num_adapter_slots, limits.arena_elements, limits.training_adapter_share
         )
         self.training = TrainingQueue(limits.num_layers, limits.window_tokens)
-        self.inference_shares = FairQueue()
-        self.training_shares = FairQueue()
+        self.shares = FairQueue()
+        self.active: Counter[str] = Counter()
         self.sequences: dict[str, Sequence] = {}
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
@@ -45,6 +46,18 @@ class SchedulerState:
         self.committed = committed
         self.blocks.advance(committed)
         self.training.release_retired(committed)
+
+    def join(self, tenant: str) -> None:
+        """One more request or job of a tenant; if it had none, its idle time is forgotten."""
+        if not self.active[tenant]:
+            self.shares.activate(tenant)
+        self.active[tenant] += 1
+
+    def leave(self, tenant: str) -> None:
+        """One request or job of a tenant less."""
+        self.active[tenant] -= 1
+        if not self.active[tenant]:
+            del self.active[tenant]
 
     # ------------------------------------------------------------ sequences
 
@@ -58,13 +71,14 @@ class SchedulerState:
         spec = sequence.spec
         if spec.adapter is not None:
             self.residency.want(spec.adapter, spec.adapter_elements)
-        self.sequences[spec.sequence_id] = sequence
+        if spec.sequence_id not in self.sequences:
+            self.sequences[spec.sequence_id] = sequence
+            self.join(spec.tenant)
         sequence.status = SequenceStatus.WAITING
-        if self.waiting.add(sequence):
-            self.inference_shares.activate(spec.tenant)
+        self.waiting.add(sequence)
 
     def admit(self, sequence: Sequence) -> None:
-        """Start a waiting sequence: blocks for all its tokens, its adapter pinned, its prompt charged."""
+        """Start a waiting sequence: blocks for all its tokens, its adapter pinned."""
         spec = sequence.spec
         self.waiting.remove(sequence)
         if spec.adapter is not None:
@@ -73,9 +87,6 @@ class SchedulerState:
         sequence.block_ids = self.blocks.allocate(self.limits.num_blocks_for(sequence.num_tokens))
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=sequence_key)
-        if not sequence.is_charged:
-            sequence.is_charged = True
-            self.inference_shares.charge(spec.tenant, self._prompt_price_s(spec.num_prompt_tokens))
 
     def preempt(self, sequence: Sequence, draft: PlanDraft) -> None:
         """Send a running sequence back to wait; it is computed again from its tokens."""
@@ -95,6 +106,7 @@ class SchedulerState:
                 self.residency.unwant(sequence.spec.adapter)
         sequence.status = SequenceStatus.FINISHED
         del self.sequences[sequence.spec.sequence_id]
+        self.leave(sequence.spec.tenant)
 
     def _stop_running(self, sequence: Sequence) -> None:
         del self.running[bisect_left(self.running, sequence.key, key=sequence_key)]
@@ -102,8 +114,8 @@ class SchedulerState:
         if sequence.spec.adapter is not None:
             self.residency.release(sequence.spec.adapter, sequence.last_planned)
 
-    def _prompt_price_s(self, num_tokens: int) -> float:
-        """The time that a prompt would take alone."""
+    def prompt_price_s(self, num_tokens: int) -> float:
+        """The time that so many tokens of a prompt would take alone."""
         most = self.limits.max_batch_tokens
         num_full, rest = divmod(num_tokens, most)
         price_s = num_full * self.cost.predict(
@@ -120,11 +132,8 @@ class SchedulerState:
     # ------------------------------------------------------------ packs
 
     def admit_pack(self, pack: Pack) -> None:
-        """Give a queued pack its blocks and charge its whole way, once."""
+        """Give a queued pack its blocks."""
         self.training.admit(pack, self.blocks.allocate(self.limits.num_blocks_for(pack.spec.num_tokens)))
-        if not pack.is_charged:
-            pack.is_charged = True
-            self.training_shares.charge(pack.spec.tenant, self._pack_price_s(pack))
 
     def drop_pack(self, pack: Pack, draft: PlanDraft) -> None:
         """Take the blocks of a pack that is at a boundary."""
@@ -132,26 +141,19 @@ class SchedulerState:
         self.blocks.free(block_ids, pack.last_planned)
         draft.dropped.append(pack.spec.pack_id)
 
-    def _pack_price_s(self, pack: Pack) -> float:
-        """The time that forward and backward of a pack would take alone."""
-        num_tokens, num_layers = pack.spec.num_tokens, self.limits.num_layers
-        window = min(num_tokens, self.limits.window_tokens)
-        forward_s = self.cost.predict(
-            PlanFeatures(
-                forward_tokens=window,
-                kv_tokens_read=num_tokens // 2,
-                attention_products=window * num_tokens // 2,
-                loss_tokens=pack.spec.num_target_tokens // pack.num_windows,
-                num_adapters=1,
-            )
+    def remaining_price_s(self, pack: Pack) -> float:
+        """The time that the rest of an alive pack's way would take alone, to the nearest layer."""
+        spec, cost = pack.spec, self.cost
+        num_windows = pack.num_windows - pack.next_window
+        forward_s = num_windows * cost.chunk_s(
+            min(spec.num_tokens, self.limits.window_tokens),
+            spec.num_tokens // 2,
+            spec.num_target_tokens // pack.num_windows,
         )
-        backward_s = self.cost.predict(
-            PlanFeatures(
-                backward_token_layers=num_tokens * num_layers,
-                num_backward_slices=pack.num_windows * num_layers,
-            )
-        )
-        return pack.num_windows * forward_s + backward_s
+        wave = self.training.wave
+        is_in_wave = wave is not None and pack.status is PackStatus.IN_WAVE
+        num_layers = (wave.layer if is_in_wave and wave is not None else pack.cursor_layer) + 1
+        return forward_s + cost.backward_s(spec.num_tokens * num_layers, pack.num_windows * num_layers)
 
     # ------------------------------------------------------------ invariants
 
@@ -174,6 +176,9 @@ class SchedulerState:
         assert len(waiting) == len(self.waiting)
         assert all(seq.status is SequenceStatus.WAITING and not seq.block_ids for seq in waiting)
         assert {id(seq) for seq in [*self.running, *waiting]} == {id(s) for s in self.sequences.values()}
+        tenants = Counter(seq.spec.tenant for seq in self.sequences.values())
+        tenants.update(job.tenant for job in self.training.jobs.values() if job.tenant is not None)
+        assert self.active == tenants
         for seq in self.running:
             assert seq.num_computed <= len(seq.block_ids) * self.limits.block_size
         for key, entry in self.residency.entries.items():

@@ -95,6 +95,7 @@ class SimulatedEngine:
         self.failing: set[str] = set()
         self.aborted: set[str] = set()
         self.plans: list[StepPlan] = []
+        self.endless: dict[str, tuple[str, list[int]]] = {}
 
     # ------------------------------------------------------------ work
 
@@ -126,6 +127,12 @@ class SimulatedEngine:
             self.open_packs[job_id].add(pack_id)
         self.scheduler.step_ready(job_id, self.now)
         self.steps_asked[job_id] = self.steps_done[job_id] + 1
+
+    def train_endlessly(self, job_id: str, tenant: str, sizes: list[int]) -> None:
+        """A job whose next step of such packs begins when one is done."""
+        self.add_job(job_id, 64)
+        self.endless[job_id] = (tenant, sizes)
+        self.add_step(job_id, tenant, sizes)
 
     def job_has_work(self, job_id: str) -> bool:
         return self.steps_asked[job_id] > self.steps_done[job_id]
@@ -329,6 +336,8 @@ class SimulatedEngine:
         elif isinstance(outcome, StepDone):
             assert not self.open_packs[outcome.job_id], "optimizer step before the end of backward"
             self.steps_done[outcome.job_id] += 1
+            if outcome.job_id in self.endless:
+                self.add_step(outcome.job_id, *self.endless[outcome.job_id])
 
     # ------------------------------------------------------------ checks
 
