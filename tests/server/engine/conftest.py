@@ -402,12 +402,11 @@ class Oracle:
             device=device,
         )
         positions = torch.arange(length, device=device)
-        empty = positions[:0]
         chunk = make_chunk(0, length, 0, length, positions[:1], length)
         batch = TokenBatch(
             positions=positions,
             slot_mapping=positions,
-            attention=AttentionBatch(0, empty.view(0, 0), empty, [chunk]),
+            attention=AttentionBatch((), [chunk]),
             lora=None if adapter is None else LoraBatch.build([(0, 0, length)], device),
         )
         hidden = decoder.embed(torch.tensor(list(tokens), device=device))
