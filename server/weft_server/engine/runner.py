@@ -100,6 +100,11 @@ class Runner:
         """Where it computes."""
         return self._decoder.device
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows are below this."""
+        return self._decoder.config.vocab_size
+
     # ------------------------------------------------------------ residents
 
     def add_sequence(self, sequence: GeneratedSequence) -> None:
