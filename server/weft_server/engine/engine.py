@@ -178,7 +178,9 @@ class Engine:
             for item in self._in_flight:
                 item.handle.result()
         if self._record_plan is not None:
-            self._record_plan(_ids(plan))
+            # A crash may come from the plan before: its errors surface while the next is under way.
+            plans = [plan, *(item.plan for item in self._in_flight)]
+            self._record_plan(list(dict.fromkeys(name for each in plans for name in _ids(each))))
         self._in_flight.append(_InFlight(plan, self._runner.submit(plan, self._jobs.active)))
         while len(self._in_flight) > self._depth:
             self._commit(self._in_flight.popleft())

@@ -132,6 +132,7 @@ class Harness:
     weights: DecoderWeights
     blobs: MemoryBlobs = field(default_factory=MemoryBlobs)
     clock: Clock = field(default_factory=Clock)
+    records: list[list[str]] = field(default_factory=list)
     pipeline_depth: int = 0
     max_pack_tokens: int = 64
     tpot_slo_ms: float = 60_000.0
@@ -176,6 +177,7 @@ class Harness:
             clock=self.clock,
         )
         self.engine = built.engine
+        self.engine._record_plan = self.records.append
         self.ready = built.ready
         self.scheduler = built.engine._scheduler
         self.runner = built.engine._runner
