@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from weft_kernels.upload import upload_indices
+from weft_kernels.transfer import upload_indices
 
 _CHEAP_PADDING_KEYS = 128
 """Padding of a bucket that costs less than one more call."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from weft_kernels.attention import AttentionBatch, make_buckets, make_chunk
 from weft_kernels.lora import LoraBatch
-from weft_kernels.upload import upload_indices
+from weft_kernels.transfer import upload_indices
 from weft_scheduler.plan import Segment, SegmentKind
 from weft_server.engine.sequence import Sequence as GeneratedSequence
 from weft_server.model.batch import TokenBatch

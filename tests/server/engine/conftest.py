@@ -352,9 +352,13 @@ class Make:
             weight_decay=0.0,
             max_grad_norm=1.0,
             checkpoint_every=0,
-            lora=LoraSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=ALL_LINEAR),
+            lora=Make.lora(),
         )
         return replace(spec, **changes)
+
+    @staticmethod
+    def lora(**changes: Any) -> LoraSpec:
+        return replace(LoraSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=ALL_LINEAR), **changes)
 
     @staticmethod
     def dataset(lengths: Iterable[int], seed: int = 3) -> bytes:
