@@ -27,7 +27,7 @@ from weft_server.engine.engine import Engine
 from weft_server.engine.jobs import BaseFacts, BlobIO, JobManager
 from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
-from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes
+from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes, use_device
 from weft_server.model.config import ModelConfig
 from weft_server.model.decoder import Decoder
 from weft_server.model.fingerprint import base_fingerprint
@@ -54,12 +54,13 @@ class BuiltEngine:
 def build_engine(
     config: EngineConfig, blobs: BlobIO, *, record_plan: Callable[[list[str]], None] | None = None
 ) -> BuiltEngine:
-    """Load the base, size everything, calibrate, and wire.
+    """Load the base, size everything, calibrate, and wire; the calling thread must be the one that steps.
 
     Raises:
         WeftError: a bad model directory, or sizes that cannot be honoured.
     """
     device = choose_device(config.device)
+    use_device(device)
     dtype = choose_dtype(config.dtype, device)
     path = Path(config.model_dir)
     model = ModelConfig.from_directory(path)

@@ -114,6 +114,10 @@ class Engine:
     def _generate(self, message: Generate) -> None:
         sampling, num_sent = message.sampling, len(message.generated)
         adapter = message.adapter
+        stranger = _first_outside(message, self._runner.vocab_size)
+        if stranger is not None:
+            self._outbox.append(RequestFailed(message.request_id, 400, "invalid_request", stranger))
+            return
         spec = RequestSpec(
             sequence_id=message.request_id,
             tenant=message.tenant,
@@ -174,7 +178,9 @@ class Engine:
             for item in self._in_flight:
                 item.handle.result()
         if self._record_plan is not None:
-            self._record_plan(_ids(plan))
+            # A crash may come from the plan before: its errors surface while the next is under way.
+            plans = [plan, *(item.plan for item in self._in_flight)]
+            self._record_plan(list(dict.fromkeys(name for each in plans for name in _ids(each))))
         self._in_flight.append(_InFlight(plan, self._runner.submit(plan, self._jobs.active)))
         while len(self._in_flight) > self._depth:
             self._commit(self._in_flight.popleft())
@@ -303,6 +309,24 @@ _COUNTERS = (
     "num_preemptions",
     "finetune_packs_dropped",
 )
+
+
+def _first_outside(message: Generate, vocab_size: int) -> str | None:
+    """What is wrong with the first token id that the model does not know; None if it knows them all."""
+    sampling = message.sampling
+    for name, token_ids in (
+        ("the prompt", message.prompt),
+        ("the generated tokens", message.generated),
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+    ):
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            token_id = next(idx for idx in token_ids if not 0 <= idx < vocab_size)
+            return (
+                f"{name} has the token id {token_id}, but this model has a vocabulary of {vocab_size} tokens "
+                f"(0 to {vocab_size - 1}); leave out the text or id that stands for it"
+            )
+    return None
 
 
 def _ids(plan: StepPlan) -> list[str]:

@@ -64,13 +64,28 @@ CUDA_DEFAULTS = DeviceDefaults(
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: CUDA if there is one. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is 'cuda', but PyTorch sees no CUDA device; use --device cpu or auto")
-    return device
+    """The device to compute on, a GPU by its index; `auto` is CUDA if there is one.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device is {name!r}, but PyTorch sees no CUDA device; use --device cpu or auto")
+    idx = torch.device(name).index if ":" in name else torch.cuda.current_device()
+    if idx >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA device(s), numbered "
+            f"from 0; use a smaller number"
+        )
+    return torch.device("cuda", idx)
+
+
+def use_device(device: torch.device) -> None:
+    """Make it the calling thread's current device: streams, events and Triton kernels then belong to it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

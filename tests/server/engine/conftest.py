@@ -132,6 +132,7 @@ class Harness:
     weights: DecoderWeights
     blobs: MemoryBlobs = field(default_factory=MemoryBlobs)
     clock: Clock = field(default_factory=Clock)
+    records: list[list[str]] = field(default_factory=list)
     pipeline_depth: int = 0
     max_pack_tokens: int = 64
     tpot_slo_ms: float = 60_000.0
@@ -176,6 +177,7 @@ class Harness:
             clock=self.clock,
         )
         self.engine = built.engine
+        self.engine._record_plan = self.records.append
         self.ready = built.ready
         self.scheduler = built.engine._scheduler
         self.runner = built.engine._runner
@@ -350,9 +352,13 @@ class Make:
             weight_decay=0.0,
             max_grad_norm=1.0,
             checkpoint_every=0,
-            lora=LoraSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=ALL_LINEAR),
+            lora=Make.lora(),
         )
         return replace(spec, **changes)
+
+    @staticmethod
+    def lora(**changes: Any) -> LoraSpec:
+        return replace(LoraSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=ALL_LINEAR), **changes)
 
     @staticmethod
     def dataset(lengths: Iterable[int], seed: int = 3) -> bytes:
@@ -402,12 +408,11 @@ class Oracle:
             device=device,
         )
         positions = torch.arange(length, device=device)
-        empty = positions[:0]
         chunk = make_chunk(0, length, 0, length, positions[:1], length)
         batch = TokenBatch(
             positions=positions,
             slot_mapping=positions,
-            attention=AttentionBatch(0, empty.view(0, 0), empty, [chunk]),
+            attention=AttentionBatch((), [chunk]),
             lora=None if adapter is None else LoraBatch.build([(0, 0, length)], device),
         )
         hidden = decoder.embed(torch.tensor(list(tokens), device=device))
