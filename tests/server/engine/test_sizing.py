@@ -1,45 +1,71 @@
-"""Which device an engine computes on."""
+"""Sizes: what is given is honoured, or refused with what could be; the rest fits the free memory."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+import re
+from typing import Any
+from unittest import mock
 
-from weft_server.engine.sizing import choose_device, use_device
+import pytest
+
+from weft_server.engine import sizing
+from weft_server.engine.build import assemble_engine
+from weft_server.engine.config import EngineConfig
+from weft_server.engine.jobs import BlobIO
 from weft_server.errors import ConfigError
 
-
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """A machine that claims to have two, of which the second is the current one; yields what was chosen."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    return chosen
+MB = 1 << 20
+FREE = 512 * MB
 
 
-@pytest.mark.parametrize(("name", "expected"), [("auto", 1), ("cuda", 1), ("cuda:0", 0), ("cuda:1", 1)])
-def test_a_gpu_is_named_by_its_index_and_made_current(name, expected, two_gpus):
-    device = choose_device(name)
-    assert (device.type, device.index) == ("cuda", expected)
-    use_device(device)
-    assert two_gpus == [device]
+def _config(**given: Any) -> EngineConfig:
+    return EngineConfig("tiny", "tiny", 1, "", "", "", "", "", device="cpu", dtype="float32", **given)
 
 
-def test_a_gpu_that_is_not_there_is_refused_with_the_number_there_is(two_gpus):
-    with pytest.raises(ConfigError, match=r"'cuda:2'.* 2 CUDA"):
-        choose_device("cuda:2")
+@pytest.fixture(autouse=True)
+def free_memory():
+    with mock.patch.object(sizing, "_usable_bytes", return_value=FREE):
+        yield
 
 
-def test_the_cpu_needs_no_current_device(two_gpus):
-    use_device(choose_device("cpu"))
-    assert two_gpus == []
+def _bytes(weights, config: EngineConfig) -> tuple[int, int]:
+    limits = sizing.choose_sizes(config, weights).limits
+    per_token = 2 * 3 * 2 * 8 * 4
+    return limits.capacity_tokens * per_token, limits.arena_elements * 4
 
 
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="--device cpu"):
-        choose_device("cuda:0")
+def test_sizes_left_open_fit_the_free_memory(weights):
+    assert sum(_bytes(weights, _config())) <= FREE
+
+
+@pytest.mark.parametrize(
+    ("given", "flag"),
+    [
+        ({"adapter_arena_mb": 100_000_000}, "--adapter-arena-mb"),
+        ({"kv_cache_tokens": 2_000_000_000}, "--kv-cache-tokens"),
+        ({"kv_cache_tokens": 2_000_000_000, "adapter_arena_mb": 16}, "--kv-cache-tokens"),
+        ({"kv_cache_tokens": 320, "adapter_arena_mb": 512}, "--adapter-arena-mb"),
+    ],
+)
+def test_a_size_beyond_the_free_memory_is_refused_and_the_largest_allowed_one_is_not(weights, given, flag):
+    key = flag[2:].replace("-", "_")
+    with pytest.raises(ConfigError, match=f"{flag} is {given[key]}") as caught:
+        sizing.choose_sizes(_config(**given), weights)
+    allowed = int(re.search(r"Allowed: \d+ to (\d+)", caught.value.message)[1])
+    assert sum(_bytes(weights, _config(**(given | {key: allowed})))) <= FREE
+    with pytest.raises(ConfigError):
+        sizing.choose_sizes(_config(**(given | {key: allowed + 32})), weights)
+
+
+@pytest.mark.parametrize(
+    ("part", "flag"), [("KvCache", "--kv-cache-tokens"), ("AdapterArena", "--adapter-arena-mb")]
+)
+def test_an_allocation_that_fails_all_the_same_names_the_size_to_lower(weights, part, flag):
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    with (
+        mock.patch(f"weft_server.engine.build.{part}", fail),
+        pytest.raises(ConfigError, match=f"give a smaller {flag}"),
+    ):
+        assemble_engine(_config(), weights, BlobIO(lambda _: b"", lambda _: ""), base_fingerprint="tiny")
