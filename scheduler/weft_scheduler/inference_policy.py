@@ -89,7 +89,7 @@ def _admissions(
         if not has_time or draft.tokens_left <= num_kept_tokens:
             return
         tenant = heap[0][1]
-        sequence = next((seq for seq in state.waiting.heads(tenant) if _is_admissible(state, seq)), None)
+        sequence = _next_admissible(state, tenant)
         if sequence is None:
             heappop(heap)
             continue
@@ -98,6 +98,27 @@ def _admissions(
         state.admit(sequence)
         heapreplace(heap, (shares.tag(tenant), tenant))
         yield sequence
+
+
+def _next_admissible(state: SchedulerState, tenant: str) -> Sequence | None:
+    """The tenant's first admissible waiter that need not wait for what a running sequence is computing.
+
+    The others are set apart, so that siblings share a prompt's blocks instead of computing it once each.
+    """
+    passed: set[Sequence] = set()
+    while True:
+        for sequence in state.waiting.heads(tenant):
+            if sequence in passed or not _is_admissible(state, sequence):
+                continue
+            awaited = state.awaited_contents(sequence)
+            if awaited is None:
+                return sequence
+            passed.add(sequence)
+            if awaited != sequence.awaited:
+                state.waiting.set_apart(sequence, awaited)
+                break
+        else:
+            return None
 
 
 def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
@@ -110,11 +131,11 @@ def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
 def _find_prompt_blocks(
     state: SchedulerState, draft: PlanDraft, sequence: Sequence, num_kept_blocks: int
 ) -> bool:
-    """Whether blocks for all tokens of a sequence are free, and one to grow for each that runs; may drop
+    """Whether the blocks that a sequence cannot share are free, and one to grow for each that runs; may drop
     packs.
     """
     blocks = state.blocks
-    needed = state.limits.num_blocks_for(sequence.num_tokens) + len(state.running)
+    needed = state.num_blocks_to_find(sequence) + len(state.running)
     if blocks.num_free >= needed + num_kept_blocks:
         return True
     draft.is_short_of_blocks = True

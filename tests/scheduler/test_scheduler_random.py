@@ -11,19 +11,36 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft_scheduler import LatencyTargets, RequestSpec
+from weft_scheduler import LatencyTargets, PrefixSpec, RequestSpec, prefix_root
 
 TENANTS = ("ada", "bob", "cyd")
 
 
-def random_request(rng: random.Random, idx: int, capacity_tokens: int, num_adapters: int) -> RequestSpec:
+def random_prompt(engine: Any, rng: random.Random, most: int) -> list[int]:
+    """One of a few beginnings, or a conversation so far, and perhaps something of its own."""
+    known = [r for r in engine.requests.values() if r.spec.prefix is not None and r.finish_reason]
+    if known and rng.random() < 0.4:
+        before = rng.choice(known)
+        beginning = [*before.spec.prefix.token_ids, *before.tokens]
+    else:
+        beginning = [rng.randint(20, 21)] * rng.randint(1, most)
+    own = [rng.randint(30, 99) for _ in range(rng.choice((0, 1, 5)))]
+    return (beginning + own)[:most]
+
+
+def random_request(engine: Any, rng: random.Random, idx: int, num_adapters: int) -> RequestSpec:
+    capacity_tokens = min(engine.limits.capacity_tokens, engine.limits.max_model_len)
     num_prompt_tokens = rng.choice((1, 2, 3, 4, 5, rng.randint(1, capacity_tokens // 2)))
+    prompt = random_prompt(engine, rng, capacity_tokens // 2) if rng.random() < 0.7 else None
+    if prompt is not None:
+        num_prompt_tokens = len(prompt)
+    tenant = rng.choice(TENANTS)
     max_new_tokens = rng.randint(1, max(1, capacity_tokens - num_prompt_tokens))
     adapter = rng.choice([None, *(f"a{i}" for i in range(num_adapters))])
     size = 0 if adapter is None else 64 * (1 + int(adapter[1:]) % 16)
     return RequestSpec(
         sequence_id=f"r{idx}",
-        tenant=rng.choice(TENANTS),
+        tenant=tenant,
         num_prompt_tokens=num_prompt_tokens,
         max_new_tokens=min(max_new_tokens, rng.choice((2, 8, 40))),
         min_new_tokens=rng.choice((0, 0, 3)),
@@ -31,6 +48,7 @@ def random_request(rng: random.Random, idx: int, capacity_tokens: int, num_adapt
         adapter=adapter,
         adapter_elements=rng.choice((0, size)) if adapter else 0,
         priority=rng.choice((0, 0, 1)),
+        prefix=prompt and PrefixSpec(prefix_root(tenant, adapter), prompt, is_read=rng.random() < 0.9),
     )
 
 
@@ -44,11 +62,10 @@ def drive(engine: Any, rng: random.Random, num_events: int, num_adapters: int) -
     for _ in range(num_events):
         event = rng.random()
         if event < arrivals:
-            num_requests += 1
-            spec = random_request(
-                rng, num_requests, min(limits.capacity_tokens, limits.max_model_len), num_adapters
-            )
-            engine.request(spec, stop_after=rng.choice((None, rng.randint(1, 12))))
+            stop_after = rng.choice((None, rng.randint(1, 12)))
+            for _ in range(rng.choice((1, 1, 4))):
+                engine.request(random_request(engine, rng, num_requests, num_adapters), stop_after)
+                num_requests += 1
         elif 0.25 < event < 0.28 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
         elif 0.28 < event < 0.34 and len(engine.open_packs) < 4:
@@ -104,6 +121,8 @@ def random_setting(rng: random.Random) -> dict[str, Any]:
         setting |= {"latency": lambda: rng.expovariate(20.0), "max_wait_s": 0.2}
     if rng.random() < 0.3:
         setting["max_training_wait_s"] = 0.05
+    if rng.random() < 0.3:
+        setting["nan_rate"] = 0.02
     if rng.random() < 0.3:
         setting |= {"max_num_seqs": 3, "max_batch_tokens": 11}
     return setting
