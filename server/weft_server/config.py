@@ -45,6 +45,7 @@ class Settings:
     max_num_seqs: int | None
     max_batch_tokens: int | None
     kv_cache_tokens: int | None
+    no_prefix_cache: bool
     adapter_arena_mb: int | None
     gpu_memory_utilization: float
     tpot_slo_ms: float | None
@@ -212,6 +213,14 @@ OPTIONS: tuple[Option, ...] = (
     Option("max_num_seqs", None, _integer(1), _POSITIVE, f"sequences in flight; {_SIZED}"),
     Option("max_batch_tokens", None, _integer(1), _POSITIVE, f"tokens of one iteration; {_SIZED}"),
     Option("kv_cache_tokens", None, _integer(1), _POSITIVE, f"KV cache in tokens; {_SIZED}"),
+    Option(
+        "no_prefix_cache",
+        False,
+        _switch,
+        "true or false",
+        "compute every prompt whole, even where its beginning is cached",
+        is_switch=True,
+    ),
     Option("adapter_arena_mb", None, _integer(1), _POSITIVE, f"MiB for resident adapters; {_SIZED}"),
     Option(
         "gpu_memory_utilization",
