@@ -46,19 +46,24 @@ class PrefixChain:
     def __init__(self, root: bytes, block_size: int, token_ids: Iterable[int] = ()) -> None:
         """Start with the tokens known so far; blocks have `block_size` tokens."""
         self.hashes: list[bytes] = []
-        self._root = root
+        self._newest = root
         self._block_size = block_size
-        self._tail: list[int] = []
-        for token_id in token_ids:
-            self.append(token_id)
+        tokens = array("q", token_ids)
+        num_full = len(tokens) // block_size
+        for idx in range(num_full):
+            self._add_block(tokens[idx * block_size : (idx + 1) * block_size])
+        self._tail = tokens[num_full * block_size :]
 
     def append(self, token_id: int) -> None:
         """Add the sequence's next token."""
         self._tail.append(token_id)
         if len(self._tail) == self._block_size:
-            parent = self.hashes[-1] if self.hashes else self._root
-            self.hashes.append(_hash(parent + array("q", self._tail).tobytes()))
-            self._tail.clear()
+            self._add_block(self._tail)
+            self._tail = array("q")
+
+    def _add_block(self, tokens: array[int]) -> None:
+        self._newest = _hash(self._newest + tokens.tobytes())
+        self.hashes.append(self._newest)
 
 
 class PrefixIndex:

@@ -14,7 +14,7 @@ from weft_scheduler.cost import CostModel, PlanFeatures
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.fairness import FairQueue
 from weft_scheduler.limits import Limits
-from weft_scheduler.prefix import PrefixIndex
+from weft_scheduler.prefix import PrefixChain, PrefixIndex
 from weft_scheduler.requests import Sequence, SequenceStatus, WaitingQueue, sequence_key
 from weft_scheduler.residency import Residency
 from weft_scheduler.training import Pack, TrainingQueue
@@ -135,23 +135,19 @@ class SchedulerState:
 
         Whole blocks, and never its last token: that one is computed, for its logits.
         """
-        spec = sequence.spec.prefix
-        if sequence.chain is None or spec is None or not spec.is_read:
-            return []
-        return self.prefixes.match(sequence.chain, self._most_cached_blocks(sequence))
+        chain = _readable(sequence)
+        return [] if chain is None else self.prefixes.match(chain, self._most_cached_blocks(sequence))
 
     def awaited_contents(self, sequence: Sequence) -> bytes | None:
         """The first contents that a waiting sequence misses, if a running one is just computing them.
 
-        That one owes nothing to those that wait, so they wait no longer than it needs for its prompt.
+        A running sequence waits for nobody until its prompt is computed: so this wait ends by then.
         """
+        chain = _readable(sequence)
         num_cached = len(self.cached_blocks(sequence))
-        spec = sequence.spec.prefix
-        if sequence.chain is None or spec is None or not spec.is_read:
+        if chain is None or num_cached >= self._most_cached_blocks(sequence):
             return None
-        if num_cached >= self._most_cached_blocks(sequence):
-            return None
-        name = sequence.chain.hashes[num_cached]
+        name = chain.hashes[num_cached]
         return name if name in self.prefixes.computing else None
 
     def num_blocks_to_find(self, sequence: Sequence) -> int:
@@ -185,7 +181,7 @@ class SchedulerState:
         sequence.num_named = len(cached)
         sequence.num_computed = len(cached) * self.limits.block_size
         self.prefixes.begin(sequence.spec.sequence_id, self._unnamed(sequence))
-        if sequence.spec.prefix is not None and sequence.spec.prefix.is_read:
+        if _readable(sequence) is not None:
             self.num_prefix_queries += sequence.num_tokens
             self.num_prefix_hits += sequence.num_computed
 
@@ -278,5 +274,13 @@ class SchedulerState:
         assert all(num_users[block_id] == 1 and block_id not in self.prefixes for block_id in packs)
         for seq in self.running:
             assert seq.num_named * size <= seq.num_computed
+            for name, block_id in zip(seq.chain.hashes if seq.chain else (), seq.block_ids, strict=False):
+                assert block_id not in self.prefixes or self.prefixes.block(name) == block_id
             own = seq.block_ids[seq.num_named :]
             assert all(num_users[block_id] == 1 and block_id not in self.prefixes for block_id in own)
+
+
+def _readable(sequence: Sequence) -> PrefixChain | None:
+    """The chain that a sequence may look up, if it may."""
+    spec = sequence.spec.prefix
+    return sequence.chain if spec is not None and spec.is_read else None

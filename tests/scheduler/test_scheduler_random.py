@@ -136,3 +136,40 @@ def test_random_work_all_ends_and_reads_only_its_own_memory(
     rng = random.Random(seed)
     engine = make_engine(seed, **random_setting(rng))
     drive(engine, rng, rng.randint(10, 200), rng.choice((0, 1, 3, 12)))
+
+
+def plans_of(make_engine: Callable[..., Any], seed: int, with_cache: bool) -> list[Any]:
+    """What was planned for the same work, without block ids; nobody finds what others have left cached."""
+    rng = random.Random(seed)
+    engine = make_engine(seed, **(random_setting(rng) | {"noise": 0.0, "nan_rate": 0.0}))
+    num_tokens = min(engine.limits.capacity_tokens, engine.limits.max_model_len) // 2
+    for idx in range(rng.randint(2, 40)):
+        prompt = [rng.randint(0, 1)] * rng.randint(1, num_tokens)
+        prefix = PrefixSpec(prefix_root("ada", None), prompt, is_read=False)
+        max_new_tokens = rng.randint(1, num_tokens)
+        spec = RequestSpec(
+            f"r{idx}", "ada", len(prompt), max_new_tokens, prefix=prefix if with_cache else None
+        )
+        engine.request(spec)
+        if idx == 5:
+            engine.add_job("j", 64)
+            engine.add_step("j", "bob", [engine.limits.max_pack_tokens])
+        for _ in range(rng.choice((0, 1, 5))):
+            engine.step()
+    finish(engine)
+    engine.check_finished()
+    return [
+        (
+            [(s.sequence_id, s.start, s.num_tokens) for s in plan.forward],
+            plan.backward,
+            plan.memory.preempted,
+            plan.memory.dropped_packs,
+        )
+        for plan in engine.plans
+    ]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_what_is_cached_is_in_nobodys_way(make_engine: Callable[..., Any], seed: int) -> None:
+    assert plans_of(make_engine, seed, with_cache=True) == plans_of(make_engine, seed, with_cache=False)
