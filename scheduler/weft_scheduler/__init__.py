@@ -5,6 +5,7 @@ from weft_scheduler.cost import CostModel, PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import AdapterLoad, BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
+from weft_scheduler.prefix import PrefixSpec, prefix_root
 from weft_scheduler.requests import RequestSpec
 from weft_scheduler.scheduler import Scheduler
 from weft_scheduler.training import PackSpec
@@ -22,6 +23,7 @@ __all__ = [
     "PackForwarded",
     "PackSpec",
     "PlanFeatures",
+    "PrefixSpec",
     "RequestSpec",
     "Scheduler",
     "Segment",
@@ -30,4 +32,5 @@ __all__ = [
     "StepDone",
     "StepPlan",
     "StepResult",
+    "prefix_root",
 ]

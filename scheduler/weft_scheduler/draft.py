@@ -20,7 +20,8 @@ from weft_scheduler.training import Job, Pack, TrainingQueue, Wave
 class InFlight:
     """A plan that is made and not committed, with the states that its outcomes belong to.
 
-    `charges` are the seconds that each tenant has been charged for its predicted time.
+    `charges` are the seconds that each tenant has been charged for its predicted time; `written` says up to
+    which token the plan writes keys and values of a sequence.
     """
 
     plan: StepPlan
@@ -29,6 +30,7 @@ class InFlight:
     num_decodes: int
     has_prefill: bool
     has_training: bool
+    written: tuple[tuple[Sequence, int], ...]
     sampled: tuple[Sequence, ...]
     forwarded: tuple[Pack, ...]
     done: tuple[Pack, ...]
@@ -59,6 +61,7 @@ class PlanDraft:
     backward: list[BackwardSlice] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    written: list[tuple[Sequence, int]] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
     forwarded: list[Pack] = field(default_factory=list)
     done: list[Pack] = field(default_factory=list)
@@ -228,6 +231,7 @@ class PlanDraft:
             self.num_decodes,
             self.num_prefill_tokens > 0,
             self.num_training_units > 0,
+            tuple(self.written),
             tuple(self.sampled),
             tuple(self.forwarded),
             tuple(self.done),
@@ -260,6 +264,7 @@ class PlanDraft:
         if sequence.adapter_slot is not None:
             self._count_adapters((sequence.adapter_slot,))
         sequence.num_computed += num_tokens
+        self.written.append((sequence, sequence.num_computed))
         sequence.last_planned = self.iteration
         if samples:
             sequence.num_planned += 1

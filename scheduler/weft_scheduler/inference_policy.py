@@ -143,14 +143,14 @@ def _admissions(
         if not has_time or draft.tokens_left <= num_kept_tokens:
             return
         tag, tenant = heap[0]
-        sequence = None if tag > limit(tenant) else _head(state, tenant)
+        sequence = None if tag > limit(tenant) else _next_admissible(state, tenant)
         if sequence is None:
             heappop(heap)
             continue
         if not _find_prompt_blocks(state, draft, sequence, num_kept_blocks):
             return
         state.admit(sequence)
-        admitted_s[tenant] += state.prompt_price_s(sequence.prefill_target)
+        admitted_s[tenant] += state.prompt_price_s(sequence.prefill_target, sequence.num_computed)
         heapreplace(heap, (state.shares.tag_after(tenant, admitted_s[tenant]), tenant))
         yield sequence
 
@@ -160,8 +160,9 @@ def _admitted_price_s(state: SchedulerState) -> defaultdict[str, float]:
     prices: defaultdict[str, float] = defaultdict(float)
     for sequence in state.running:
         if sequence.is_prefilling:
-            missing = sequence.prefill_target - sequence.num_computed
-            prices[sequence.spec.tenant] += state.prompt_price_s(missing)
+            prices[sequence.spec.tenant] += state.prompt_price_s(
+                sequence.prefill_target, sequence.num_computed
+            )
     return prices
 
 
@@ -179,6 +180,27 @@ def _lead_limit(state: SchedulerState, iteration: int) -> Callable[[str], float]
     return limit
 
 
+def _next_admissible(state: SchedulerState, tenant: str) -> Sequence | None:
+    """The tenant's first admissible waiter that need not wait for what a running sequence is computing.
+
+    The others are set apart, so that siblings share a prompt's blocks instead of computing it once each.
+    """
+    passed: set[Sequence] = set()
+    while True:
+        for sequence in state.waiting.heads(tenant):
+            if sequence in passed or not _is_admissible(state, sequence):
+                continue
+            awaited = state.awaited_contents(sequence)
+            if awaited is None:
+                return sequence
+            passed.add(sequence)
+            if awaited != sequence.awaited:
+                state.waiting.set_apart(sequence, awaited)
+                break
+        else:
+            return None
+
+
 def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
     adapter = sequence.spec.adapter
     if sequence.last_planned > state.committed:
@@ -189,11 +211,11 @@ def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
 def _find_prompt_blocks(
     state: SchedulerState, draft: PlanDraft, sequence: Sequence, num_kept_blocks: int
 ) -> bool:
-    """Whether blocks for all tokens of a sequence are free, and one to grow for each that runs; may drop
+    """Whether the blocks that a sequence cannot share are free, and one to grow for each that runs; may drop
     packs.
     """
     blocks = state.blocks
-    needed = state.limits.num_blocks_for(sequence.num_tokens) + len(state.running)
+    needed = state.num_blocks_to_find(sequence) + len(state.running)
     if blocks.num_free >= needed + num_kept_blocks:
         return True
     draft.is_short_of_blocks = True

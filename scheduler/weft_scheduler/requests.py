@@ -11,7 +11,9 @@ from bisect import bisect_left, insort
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Literal, TypeAlias
+
+from weft_scheduler.prefix import PrefixChain, PrefixSpec
 
 
 class RequestTooLarge(ValueError):
@@ -25,7 +27,7 @@ class RequestSpec:
     At most `max_new_tokens` tokens are generated; a token of `stop_token_ids` ends the sequence once
     `min_new_tokens` tokens (it included) have been generated. `adapter` is a digest, None is the base model;
     `adapter_elements` is 0 if its size is not known before it is fetched. Within a tenant, lower `priority`
-    goes first.
+    goes first. Without `prefix` the request neither reads the prefix cache nor adds to it.
     """
 
     sequence_id: str
@@ -37,6 +39,7 @@ class RequestSpec:
     adapter: str | None = None
     adapter_elements: int = 0
     priority: int = 0
+    prefix: PrefixSpec | None = None
 
 
 class SequenceStatus(Enum):
@@ -55,6 +58,10 @@ class Sequence:
     sampled by plans made, `num_generated` by plans committed. `last_planned` is the last iteration that it
     took part in. `arrived_s` is when it was asked for, `waiting_since_s` when it last began to wait. `order`
     is unique and grows with arrival. Everything below `prefill_target` is computed as prompt.
+
+    `chain` names the blocks of the tokens known so far; the first `num_named` of its blocks have been entered
+    in the prefix cache, or found there. `awaited` is the contents that it waits for another sequence to
+    compute. `num_cached_tokens` of its prompt were found when it was first admitted.
     """
 
     spec: RequestSpec
@@ -71,6 +78,10 @@ class Sequence:
     last_planned: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_table: tuple[int, ...] = ()
+    chain: PrefixChain | None = None
+    num_named: int = 0
+    num_cached_tokens: int = 0
+    awaited: bytes | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -100,6 +111,7 @@ class Sequence:
     def restart(self) -> None:
         """Forget everything computed: keys and values of prompt and generated tokens are computed again."""
         self.num_computed = 0
+        self.num_named = 0
         self.adapter_slot = None
         self.block_ids = []
         self.block_table = ()
@@ -116,15 +128,19 @@ def sequence_key(sequence: Sequence) -> tuple[int, int]:
     return sequence.key
 
 
+_Lane: TypeAlias = tuple[str | None, bytes | None]
+
+
 class WaitingQueue:
-    """Waiting sequences by tenant and adapter, each queue ordered by (priority, arrival).
+    """Waiting sequences by tenant, adapter and awaited contents, each queue ordered by (priority, arrival).
 
     Only the heads of the queues are ever looked at, so that thousands of waiters of one adapter cost nothing.
+    Those that wait for contents queue apart, so that they hold up nobody else.
     """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._queues: dict[str, dict[str | None, list[Sequence]]] = {}
+        self._queues: dict[str, dict[_Lane, list[Sequence]]] = {}
         self._heads: dict[str, list[Sequence]] = {}
         self._num_waiting = 0
 
@@ -146,7 +162,7 @@ class WaitingQueue:
     def add(self, sequence: Sequence) -> bool:
         """Queue a sequence; returns whether its tenant had nothing waiting before."""
         is_new = sequence.spec.tenant not in self._queues
-        queue = self._queues.setdefault(sequence.spec.tenant, {}).setdefault(sequence.spec.adapter, [])
+        queue = self._queues.setdefault(sequence.spec.tenant, {}).setdefault(_lane(sequence), [])
         insort(queue, sequence, key=sequence_key)
         if queue[0] is sequence:
             self._heads.pop(sequence.spec.tenant, None)
@@ -160,7 +176,7 @@ class WaitingQueue:
             KeyError: it does not wait.
         """
         queues = self._queues[sequence.spec.tenant]
-        queue = queues[sequence.spec.adapter]
+        queue = queues[_lane(sequence)]
         idx = bisect_left(queue, sequence.key, key=sequence_key)
         if idx == len(queue) or queue[idx] is not sequence:
             raise KeyError(sequence.spec.sequence_id)
@@ -169,12 +185,18 @@ class WaitingQueue:
             self._heads.pop(sequence.spec.tenant, None)
         self._num_waiting -= 1
         if not queue:
-            del queues[sequence.spec.adapter]
+            del queues[_lane(sequence)]
         if not queues:
             del self._queues[sequence.spec.tenant]
 
+    def set_apart(self, sequence: Sequence, awaited: bytes) -> None:
+        """Let a waiting sequence wait for these contents, in a queue with the others that do."""
+        self.remove(sequence)
+        sequence.awaited = awaited
+        self.add(sequence)
+
     def heads(self, tenant: str) -> Collection[Sequence]:
-        """The first waiter of each of the tenant's adapters, first come first."""
+        """The first waiter of each of the tenant's queues, first come first."""
         if tenant not in self._queues:
             return ()
         heads = self._heads.get(tenant)
@@ -185,4 +207,14 @@ class WaitingQueue:
 
     def of_adapter(self, adapter: str) -> list[Sequence]:
         """All waiters of one adapter."""
-        return [seq for queues in self._queues.values() for seq in queues.get(adapter, ())]
+        return [
+            seq
+            for queues in self._queues.values()
+            for lane, queue in queues.items()
+            if lane[0] == adapter
+            for seq in queue
+        ]
+
+
+def _lane(sequence: Sequence) -> _Lane:
+    return (sequence.spec.adapter, sequence.awaited)

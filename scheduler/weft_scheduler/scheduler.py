@@ -29,7 +29,8 @@ from weft_scheduler.inference_policy import make_room_for_the_overdue, plan_deco
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import MemoryPlan, StepPlan
-from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence
+from weft_scheduler.prefix import PrefixChain
+from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence, SequenceStatus
 from weft_scheduler.state import SchedulerState
 from weft_scheduler.training import PackSpec, PackStatus
 from weft_scheduler.training_policy import num_kept_blocks, plan_training, trickle_is_due
@@ -108,8 +109,16 @@ class Scheduler:
                 f"{spec.num_prompt_tokens} prompt tokens and up to {max_new_tokens} new ones need "
                 f"{num_cached} tokens of cache; there are {limits.capacity_tokens}: ask for fewer new tokens"
             )
+        if spec.prefix is not None and len(spec.prefix.token_ids) != spec.num_prompt_tokens:
+            raise ValueError(
+                f"{name}: prefix has {len(spec.prefix.token_ids)} token ids; "
+                f"give those of all {spec.num_prompt_tokens} prompt tokens"
+            )
         self._num_arrivals += 1
-        self._state.enqueue(Sequence(spec, self._num_arrivals, max_new_tokens, now, now))
+        sequence = Sequence(spec, self._num_arrivals, max_new_tokens, now, now)
+        if spec.prefix is not None:
+            sequence.chain = PrefixChain(spec.prefix.root, limits.block_size, spec.prefix.token_ids)
+        self._state.enqueue(sequence)
 
     def abort(self, sequence_id: str) -> bool:
         """Forget a request; returns False if it is not known (it may just have finished)."""
@@ -118,6 +127,15 @@ class Scheduler:
             return False
         self._state.retire(sequence)
         return True
+
+    def fail(self, sequence_id: str) -> bool:
+        """Forget a request whose keys and values may be wrong (NaN): as `abort`, and the prefix cache forgets
+        what it holds of its tokens. Call it before the plan that brought this to light is committed.
+        """
+        sequence = self._state.sequences.get(sequence_id)
+        if sequence is not None:
+            self._state.distrust(sequence)
+        return self.abort(sequence_id)
 
     def set_weight(self, tenant: str, weight: float) -> None:
         """Give a tenant `weight` times the share of a tenant of weight 1.
@@ -289,6 +307,9 @@ class Scheduler:
             has_training=made.has_training,
         )
         self._correct_charges(made, result.elapsed_s)
+        for sequence, num_tokens in made.written:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._state.written(sequence, num_tokens)
         outcomes: list[Outcome] = [*self._commit_tokens(made, result, now), *self._commit_training(made)]
         return outcomes
 
@@ -312,8 +333,12 @@ class Scheduler:
             sequence.num_generated += 1
             if sequence.num_generated == 1:
                 self.budget.observe_first_token(now - sequence.arrived_s)
+            if sequence.chain is not None:
+                sequence.chain.append(token_id)
             reason = sequence.finish_reason(token_id)
-            tokens.append(SequenceToken(sequence.spec.sequence_id, token_id, reason))
+            tokens.append(
+                SequenceToken(sequence.spec.sequence_id, token_id, reason, sequence.num_cached_tokens)
+            )
             if reason is not None:
                 self._state.retire(sequence)
         return tokens
@@ -367,6 +392,16 @@ class Scheduler:
     def num_blocks_held(self) -> int:
         """KV blocks of running requests and packs."""
         return self._state.blocks.num_held
+
+    @property
+    def num_prefix_queries(self) -> int:
+        """Tokens of admitted requests that were looked for in the prefix cache."""
+        return self._state.num_prefix_queries
+
+    @property
+    def num_prefix_hits(self) -> int:
+        """Tokens of admitted requests that were found in the prefix cache."""
+        return self._state.num_prefix_hits
 
     @property
     def budget_s(self) -> float:

@@ -45,6 +45,7 @@ class Settings:
     max_num_seqs: int | None
     max_batch_tokens: int | None
     kv_cache_tokens: int | None
+    no_prefix_cache: bool
     adapter_arena_mb: int | None
     gpu_memory_utilization: float
     tpot_slo_ms: float | None
@@ -220,6 +221,14 @@ OPTIONS: tuple[Option, ...] = (
     _size("max_num_seqs", _MAX_SEQS, f"sequences in flight; {_SIZED}"),
     _size("max_batch_tokens", _MAX_BATCH_TOKENS, f"tokens of one iteration; {_SIZED}"),
     _size("kv_cache_tokens", _MAX_INT, f"KV cache in tokens; {_SIZED}"),
+    Option(
+        "no_prefix_cache",
+        False,
+        _switch,
+        "true or false",
+        "compute every prompt whole, even where its beginning is cached",
+        is_switch=True,
+    ),
     _size("adapter_arena_mb", _MAX_INT, f"MiB for resident adapters; {_SIZED}"),
     Option(
         "gpu_memory_utilization",

@@ -203,6 +203,7 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
             tpot_slo_ms=settings.tpot_slo_ms,
             ttft_slo_ms=settings.ttft_slo_ms,
             slo_percentile=settings.slo_percentile,
+            prefix_cache=not settings.no_prefix_cache,
             tenant_weights={tenant.name: tenant.weight for tenant in tenants.tenants},
             log_level=settings.log_level,
         ).to_json()

@@ -32,7 +32,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (settings.max_upload_mb, settings.log_level) == (512, "info")
     assert settings.max_model_len is settings.kv_cache_tokens is settings.tpot_slo_ms is None
     assert settings.data_dir.name == "weft"
-    assert [settings.no_auth, settings.low_memory, settings.redis_volatile] == [False] * 3
+    switches = [settings.no_auth, settings.low_memory, settings.redis_volatile, settings.no_prefix_cache]
+    assert switches == [False] * 4
 
 
 def test_flag_beats_variable_beats_file_beats_default(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def assemble_engine(
         fetcher=fetcher,
         jobs=jobs,
         pipeline_depth=sizes.pipeline_depth,
+        prefix_cache=config.prefix_cache,
         record_plan=record_plan,
         clock=clock,
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from weft_scheduler.outcomes import PackDone, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import SegmentKind, StepPlan
+from weft_scheduler.prefix import PrefixSpec, prefix_root
 from weft_scheduler.requests import RequestSpec, RequestTooLarge
 from weft_scheduler.scheduler import Scheduler
 from weft_server.adapters.fetch import AdapterFetcher, CheckResult
@@ -69,6 +70,7 @@ class Engine:
         fetcher: AdapterFetcher,
         jobs: JobManager,
         pipeline_depth: int = 0,
+        prefix_cache: bool = True,
         record_plan: Callable[[list[str]], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -78,6 +80,7 @@ class Engine:
         self._fetcher = fetcher
         self._jobs = jobs
         self._depth = pipeline_depth
+        self._prefix_cache = prefix_cache
         self._record_plan = record_plan
         self._clock = clock
         self._in_flight: deque[_InFlight] = deque()
@@ -118,14 +121,16 @@ class Engine:
         if stranger is not None:
             self._outbox.append(RequestFailed(message.request_id, 400, "invalid_request", stranger))
             return
+        tokens = message.prompt + message.generated
         spec = RequestSpec(
             sequence_id=message.request_id,
             tenant=message.tenant,
-            num_prompt_tokens=len(message.prompt) + num_sent,
+            num_prompt_tokens=len(tokens),
             max_new_tokens=sampling.max_tokens - num_sent,
             min_new_tokens=max(0, sampling.min_tokens - num_sent),
             stop_token_ids=frozenset(sampling.stop_token_ids),
             adapter=None if adapter is None else adapter.digest,
+            prefix=self._prefix(message, tokens),
         )
         try:
             self._scheduler.add_request(spec, self._clock())
@@ -149,6 +154,13 @@ class Engine:
             )
         )
         self._counters["prompt_tokens"] += len(message.prompt)
+
+    def _prefix(self, message: Generate, tokens: list[int]) -> PrefixSpec | None:
+        """A request's place in the prefix cache. Log-probabilities of a prompt need all of it computed."""
+        if not self._prefix_cache:
+            return None
+        root = prefix_root(message.tenant, None if message.adapter is None else message.adapter.digest)
+        return PrefixSpec(root, tokens, is_read=message.sampling.prompt_logprobs is None)
 
     def _abort(self, request_id: str) -> None:
         self._scheduler.abort(request_id)
@@ -212,6 +224,7 @@ class Engine:
     def _commit(self, item: _InFlight) -> None:
         result, now = item.handle.result(), self._clock()
         for request_id, reason in result.failed.items():
+            self._scheduler.fail(request_id)
             self._fail(request_id, 500, "non_finite_logits", reason)
         outcomes = self._scheduler.commit(item.plan, StepResult(result.sampled, result.elapsed_s), now)
         self._count(item.plan, result)
@@ -236,12 +249,14 @@ class Engine:
         logprob = result.logprobs.get(outcome.sequence_id)
         if outcome.finish_reason is not None:
             self._forget(outcome.sequence_id)
+        is_first = not sequence.has_told
         return ChoiceDelta(
             request_id=outcome.sequence_id,
             token_ids=[outcome.token_id],
             logprobs=None if logprob is None else [logprob],
             finish_reason=outcome.finish_reason,
             prompt_logprobs=sequence.take_prompt_logprobs(),
+            num_cached_tokens=outcome.num_cached_tokens if is_first else None,
         )
 
     def _fail(self, request_id: str, status: int, code: str, message: str) -> None:
@@ -282,6 +297,8 @@ class Engine:
             "finetune_steps": float(self._jobs.num_steps),
             "adapter_loads": float(self._pager.num_loads),
             "adapter_evictions": float(self._pager.num_evictions),
+            "prefix_cache_queries": float(scheduler.num_prefix_queries),
+            "prefix_cache_hits": float(scheduler.num_prefix_hits),
         }
         return Heartbeat(self._num_iterations, gauges, counters, iterations)
 

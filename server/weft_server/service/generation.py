@@ -58,16 +58,29 @@ class Generation:
         """Tokens of all prompts, each counted once however many choices it has."""
         return sum(self.prompt_tokens)
 
+    def num_cached_tokens(self, by_choice: Mapping[int, int]) -> int:
+        """Tokens of all prompts that nobody had to compute, from what each choice found cached.
+
+        Choices of one prompt find what the first of them computed: that one counts.
+        """
+        num_choices = len(self.choices) // len(self.prompt_tokens)
+        fewest: dict[int, int] = {}
+        for idx, num_tokens in by_choice.items():
+            prompt_idx = idx // num_choices
+            fewest[prompt_idx] = min(num_tokens, fewest.get(prompt_idx, num_tokens))
+        return sum(fewest.values())
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedChoice:
-    """A whole choice."""
+    """A whole choice. `num_cached_tokens` of its prompt were cached."""
 
     idx: int
     text: str
     tokens: list[ScoredToken]
     num_tokens: int
     finish_reason: FinishReason
+    num_cached_tokens: int = 0
 
 
 class GenerationService:
@@ -238,25 +251,33 @@ class GenerationService:
         with self._open(generation.tenant, len(generation.choices)):
             for num_tokens in generation.prompt_tokens:
                 self._metrics.prompt_accepted(generation.tenant, num_tokens)
+            cached: dict[int, int] = {}
             async with aclosing(merge([self._run(choice) for choice in generation.choices])) as outputs:
-                async for output in outputs:
-                    yield output
+                try:
+                    async for output in outputs:
+                        if output.num_cached_tokens is not None:
+                            cached[output.idx] = output.num_cached_tokens
+                        yield output
+                finally:
+                    self._metrics.prompt_cached(generation.tenant, generation.num_cached_tokens(cached))
 
     async def collect(self, generation: Generation) -> list[FinishedChoice]:
         """Run to the end; the choices in order of their index. Raises as `stream`; cancelling it aborts."""
         texts: dict[int, list[str]] = {choice.idx: [] for choice in generation.choices}
         tokens: dict[int, list[ScoredToken]] = {choice.idx: [] for choice in generation.choices}
         num_tokens: Counter[int] = Counter()
+        cached: Counter[int] = Counter()
         reasons: dict[int, FinishReason] = {}
         async with aclosing(self.stream(generation)) as outputs:
             async for output in outputs:
                 texts[output.idx].append(output.text)
                 tokens[output.idx].extend(output.tokens)
                 num_tokens[output.idx] += output.num_tokens
+                cached[output.idx] += output.num_cached_tokens or 0
                 if output.finish_reason is not None:
                     reasons[output.idx] = output.finish_reason
         return [
-            FinishedChoice(idx, "".join(texts[idx]), tokens[idx], num_tokens[idx], reasons[idx])
+            FinishedChoice(idx, "".join(texts[idx]), tokens[idx], num_tokens[idx], reasons[idx], cached[idx])
             for idx in sorted(texts)
         ]
 

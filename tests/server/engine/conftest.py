@@ -23,7 +23,7 @@ from torch import Tensor
 from weft_kernels.attention import AttentionBatch, make_chunk
 from weft_kernels.lora import LoraBatch
 from weft_scheduler.limits import Limits
-from weft_scheduler.plan import StepPlan
+from weft_scheduler.plan import SegmentKind, StepPlan
 from weft_server.adapters.arena import AdapterArena
 from weft_server.adapters.image import HostImage
 from weft_server.adapters.packed import PackedAdapter, new_adapter, repack
@@ -136,6 +136,7 @@ class Harness:
     pipeline_depth: int = 0
     max_pack_tokens: int = 64
     tpot_slo_ms: float = 60_000.0
+    prefix_cache: bool = True
     limits: dict[str, Any] = field(default_factory=dict)
     read: Callable[[str], bytes] | None = None
     put: Callable[[Iterable[bytes]], str] | None = None
@@ -167,6 +168,7 @@ class Harness:
             dtype="float32",
             quantization="none",
             tpot_slo_ms=self.tpot_slo_ms,
+            prefix_cache=self.prefix_cache,
         )
         built = assemble_engine(
             config,
@@ -273,6 +275,17 @@ class Harness:
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for delta in self.deltas[request_id] for token in delta.token_ids]
+
+    def prefilled(self, request_id: str) -> list[tuple[int, int]]:
+        """First token and number of tokens of every chunk that was computed as prompt."""
+        segments = (s for plan in self.plans for s in plan.forward if s.kind is SegmentKind.PREFILL)
+        return [(s.start, s.num_tokens) for s in segments if s.sequence_id == request_id]
+
+    def num_cached(self, request_id: str) -> int | None:
+        """What the first delta says of the prefix cache; no later one says anything."""
+        first, *rest = self.deltas[request_id]
+        assert all(delta.num_cached_tokens is None for delta in rest)
+        return first.num_cached_tokens
 
     def finish_reason(self, request_id: str) -> str | None:
         deltas = self.deltas[request_id]
