@@ -1,8 +1,9 @@
 """Decodes and prompts: who runs, who is admitted, and what gives way when KV blocks run out.
 
 Every running sequence decodes in every plan; prompts fill what the budget leaves. When blocks run out,
-training packs are dropped first, then the youngest running sequence of the lowest priority is preempted. The
-oldest is never preempted while another runs, so that something always finishes.
+training packs are dropped first, then running sequences are preempted: flex ones first, then the youngest,
+which gives way as the one of lowest priority among its tenant's. The first of this order is never preempted
+while another runs, so that something always finishes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from heapq import heapify, heappop, heapreplace
 
-from weft_scheduler.cost import PlanFeatures
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.requests import Sequence, SequenceStatus
 from weft_scheduler.state import SchedulerState
@@ -23,7 +23,7 @@ MIN_PREFILL_TOKENS = 64
 def plan_decodes(state: SchedulerState, draft: PlanDraft) -> None:
     """One token of every running sequence whose prompt is computed; each is charged to its tenant."""
     capacity = state.limits.block_size
-    running = state.running
+    running = state.by_precedence()
     num_tokens: Counter[str] = Counter()
     idx = 0
     while idx < len(running):
@@ -32,17 +32,15 @@ def plan_decodes(state: SchedulerState, draft: PlanDraft) -> None:
             idx += 1
             continue
         if sequence.num_computed == len(sequence.block_ids) * capacity:
-            if not _find_block(state, draft, sequence):
+            if not _find_block(state, draft, sequence, running):
                 idx += sequence.status is SequenceStatus.RUNNING
                 continue
             sequence.block_ids.extend(state.blocks.allocate(1))
         draft.add_decode(sequence)
         num_tokens[sequence.spec.tenant] += 1
         idx += 1
-    if num_tokens:
-        price_s = state.cost.predict(PlanFeatures(forward_tokens=1, num_sequences=1))
-        for tenant, count in num_tokens.items():
-            state.inference_shares.charge(tenant, price_s * count)
+    for tenant, count in num_tokens.items():
+        state.inference_shares.charge(tenant, state.decode_price_s * count)
 
 
 def plan_prefills(
@@ -52,7 +50,7 @@ def plan_prefills(
 
     `num_kept_tokens` rows of the batch and, for new admissions, `num_kept_blocks` free blocks are left alone.
     """
-    for sequence in state.running:
+    for sequence in state.by_precedence():
         if sequence.is_prefilling and not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
             return
     for sequence in _admissions(state, draft, budget_s, num_kept_tokens, num_kept_blocks):
@@ -89,7 +87,7 @@ def _admissions(
         if not has_time or draft.tokens_left <= num_kept_tokens:
             return
         tenant = heap[0][1]
-        sequence = next((seq for seq in state.waiting.heads(tenant) if _is_admissible(state, seq)), None)
+        sequence = _next_of(state, tenant, draft.now_s)
         if sequence is None:
             heappop(heap)
             continue
@@ -98,6 +96,17 @@ def _admissions(
         state.admit(sequence)
         heapreplace(heap, (shares.tag(tenant), tenant))
         yield sequence
+
+
+def _next_of(state: SchedulerState, tenant: str, now_s: float) -> Sequence | None:
+    """The first waiter of a tenant whose adapter is on the device; overdue flex ones in their turn."""
+    if state.is_at_its_concurrency(tenant):
+        return None
+    for sequence in state.waiting.overdue_flex(tenant, now_s - state.limits.max_flex_wait_s):
+        if _is_admissible(state, sequence):
+            sequence.has_aged = True
+            return sequence
+    return next((seq for seq in state.waiting.heads(tenant) if _is_admissible(state, seq)), None)
 
 
 def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
@@ -135,8 +144,8 @@ def _find_prompt_blocks(
     return blocks.num_free >= needed
 
 
-def _find_block(state: SchedulerState, draft: PlanDraft, sequence: Sequence) -> bool:
-    """Whether a block is free for a decode, taking it from packs and then from younger sequences.
+def _find_block(state: SchedulerState, draft: PlanDraft, sequence: Sequence, running: list[Sequence]) -> bool:
+    """Whether a block is free for a decode, taking it from packs and then from the last of `running`.
 
     False: the sequence sits this plan out (a block is about to be free), or has been preempted itself.
 
@@ -157,7 +166,7 @@ def _find_block(state: SchedulerState, draft: PlanDraft, sequence: Sequence) -> 
             continue
         if is_alone:
             raise MemoryError(f"sequence {sequence.spec.sequence_id} needs more than all KV blocks")
-        victim = state.running[-1]
+        victim = running.pop()
         state.preempt(victim, draft)
         if victim is sequence:
             return False

@@ -25,6 +25,7 @@ from weft_scheduler.adapter_policy import bring_adapters_nearer
 from weft_scheduler.budget import BudgetController, LatencyTargets
 from weft_scheduler.cost import CostModel
 from weft_scheduler.draft import InFlight, PlanDraft
+from weft_scheduler.drain import TenantQueue
 from weft_scheduler.inference_policy import plan_decodes, plan_prefills
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
@@ -107,7 +108,10 @@ class Scheduler:
                 f"{num_cached} tokens of cache; there are {limits.capacity_tokens}: ask for fewer new tokens"
             )
         self._num_arrivals += 1
-        self._state.enqueue(Sequence(spec, self._num_arrivals, max_new_tokens, now))
+        sequence = Sequence(spec, self._num_arrivals, max_new_tokens, now, now)
+        self._state.meter_arrival(spec.tenant, now)
+        self._state.enqueue(sequence)
+        self._state.deadlines.add(sequence)
 
     def abort(self, sequence_id: str) -> bool:
         """Forget a request; returns False if it is not known (it may just have finished)."""
@@ -125,6 +129,19 @@ class Scheduler:
         """
         self._state.inference_shares.set_weight(tenant, weight)
         self._state.training_shares.set_weight(tenant, weight)
+
+    def set_max_concurrency(self, most: Mapping[str, int]) -> None:
+        """Let at most so many requests of a tenant run at a time; tenants not named have no such limit.
+
+        What runs already goes on.
+
+        Raises:
+            ValueError: a limit is below 1; nothing has changed.
+        """
+        for tenant, limit in most.items():
+            if limit < 1:
+                raise ValueError(f"max_concurrency of {tenant} is {limit}; it must be at least 1")
+        self._state.max_concurrency = dict(most)
 
     # ------------------------------------------------------------ finetuning
 
@@ -210,8 +227,8 @@ class Scheduler:
     # ------------------------------------------------------------ iterations
 
     def plan(self, now: float) -> StepPlan:
-        """Decide the next iteration. A plan that `is_empty` may still have adapter actions; it needs no
-        commit.
+        """Decide the next iteration. A plan that `is_empty` may still have adapter actions and expired
+        requests; it needs no commit.
 
         Raises:
             RuntimeError: `max_inflight` plans are uncommitted.
@@ -227,6 +244,7 @@ class Scheduler:
         state.training_shares.advance(job.tenant for job in state.training.jobs.values() if job.tenant)
         draft = PlanDraft(self._iteration, now, self.limits, self.cost)
 
+        expired = self._expire(now)
         bring_adapters_nearer(state, now)
         plan_decodes(state, draft)
         budget_s = self.budget.decode_budget_s if draft.num_decodes else self.budget.open_budget_s
@@ -236,12 +254,19 @@ class Scheduler:
         left_s = min(budget_s, self.budget.decode_budget_s) if draft.forward else budget_s
         plan_training(state, draft, left_s, is_due=is_due)
 
-        made = self._finish(draft, budget_s)
+        made = self._finish(draft, budget_s, expired)
         if not made.plan.is_empty:
             self._in_flight.append(made)
         return made.plan
 
-    def _finish(self, draft: PlanDraft, budget_s: float) -> InFlight:
+    def _expire(self, now: float) -> tuple[str, ...]:
+        """Forget the requests whose deadline has come."""
+        expired = self._state.deadlines.take_expired(now)
+        for sequence in expired:
+            self._state.retire(sequence)
+        return tuple(sequence.spec.sequence_id for sequence in expired)
+
+    def _finish(self, draft: PlanDraft, budget_s: float, expired: tuple[str, ...]) -> InFlight:
         """Freeze the draft. Preemptions and drops are reported with the next plan that runs, each once."""
         self.num_preemptions += len(draft.preempted)
         self.num_packs_dropped += len(draft.dropped)
@@ -256,7 +281,7 @@ class Scheduler:
             adapter_loads=actions.loads,
             adapter_evictions=actions.evictions,
         )
-        return draft.finish(memory, budget_s)
+        return draft.finish(memory, budget_s, expired)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Outcome]:
         """Take in the result of the oldest plan in flight (an empty plan is none) and say what it completed.
@@ -264,7 +289,6 @@ class Scheduler:
         Raises:
             ValueError: it is not the oldest plan in flight, or a token is missing; nothing has changed.
         """
-        del now  # part of the interface: every event carries its time
         if plan.is_empty:
             return []
         if not self._in_flight or self._in_flight[0].plan.iteration != plan.iteration:
@@ -274,6 +298,7 @@ class Scheduler:
         self._state.advance(self._committed_before(self._iteration + 1))
         self.cost.observe(made.features, result.elapsed_s)
         self.budget.observe(result.elapsed_s, made.num_decodes, has_training=made.has_training)
+        self._state.meter_tokens(made.sampled, now)
         outcomes: list[Outcome] = [*self._commit_tokens(made, result), *self._commit_training(made)]
         return outcomes
 
@@ -287,6 +312,7 @@ class Scheduler:
             reason = sequence.finish_reason(token_id)
             tokens.append(SequenceToken(sequence.spec.sequence_id, token_id, reason))
             if reason is not None:
+                self._state.meter.finish(sequence.spec.tenant, sequence.num_generated)
                 self._state.retire(sequence)
         return tokens
 
@@ -319,6 +345,13 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests not admitted (yet, or again)."""
         return len(self._state.waiting)
+
+    def queues(self, now: float, max_tenants: int = 64) -> dict[str, TenantQueue]:
+        """The longest queues of waiting requests by tenant, and when they should have drained.
+
+        May be called from another thread than the loop's.
+        """
+        return self._state.queues(now, max_tenants)
 
     @property
     def num_packs(self) -> int:

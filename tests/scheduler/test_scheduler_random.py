@@ -11,12 +11,14 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft_scheduler import LatencyTargets, RequestSpec
+from weft_scheduler import LatencyTargets, RequestSpec, ServiceTier
 
 TENANTS = ("ada", "bob", "cyd")
 
 
-def random_request(rng: random.Random, idx: int, capacity_tokens: int, num_adapters: int) -> RequestSpec:
+def random_request(
+    rng: random.Random, idx: int, now_s: float, capacity_tokens: int, num_adapters: int
+) -> RequestSpec:
     num_prompt_tokens = rng.choice((1, 2, 3, 4, 5, rng.randint(1, capacity_tokens // 2)))
     max_new_tokens = rng.randint(1, max(1, capacity_tokens - num_prompt_tokens))
     adapter = rng.choice([None, *(f"a{i}" for i in range(num_adapters))])
@@ -31,6 +33,8 @@ def random_request(rng: random.Random, idx: int, capacity_tokens: int, num_adapt
         adapter=adapter,
         adapter_elements=rng.choice((0, size)) if adapter else 0,
         priority=rng.choice((0, 0, 1)),
+        tier=rng.choice((ServiceTier.DEFAULT, ServiceTier.DEFAULT, ServiceTier.FLEX)),
+        deadline_s=rng.choice((None, None, None, now_s + rng.expovariate(1.0))),
     )
 
 
@@ -45,9 +49,8 @@ def drive(engine: Any, rng: random.Random, num_events: int, num_adapters: int) -
         event = rng.random()
         if event < arrivals:
             num_requests += 1
-            spec = random_request(
-                rng, num_requests, min(limits.capacity_tokens, limits.max_model_len), num_adapters
-            )
+            capacity_tokens = min(limits.capacity_tokens, limits.max_model_len)
+            spec = random_request(rng, num_requests, engine.now, capacity_tokens, num_adapters)
             engine.request(spec, stop_after=rng.choice((None, rng.randint(1, 12))))
         elif 0.25 < event < 0.28 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
@@ -64,6 +67,9 @@ def drive(engine: Any, rng: random.Random, num_events: int, num_adapters: int) -
             engine.remove_job(rng.choice(list(engine.open_packs)))
         elif 0.46 < event < 0.48:
             engine.failing ^= {f"a{rng.randrange(num_adapters)}"} if num_adapters else set()
+        elif 0.48 < event < 0.49:
+            most = {tenant: rng.randint(1, 3) for tenant in TENANTS if rng.random() < 0.5}
+            engine.scheduler.set_max_concurrency(most)
         else:
             engine.step()
         engine.scheduler.check_invariants()
@@ -104,6 +110,8 @@ def random_setting(rng: random.Random) -> dict[str, Any]:
         setting |= {"latency": lambda: rng.expovariate(20.0), "max_wait_s": 0.2}
     if rng.random() < 0.3:
         setting["max_training_wait_s"] = 0.05
+    if rng.random() < 0.5:
+        setting["max_flex_wait_s"] = 0.2
     if rng.random() < 0.3:
         setting |= {"max_num_seqs": 3, "max_batch_tokens": 11}
     return setting
