@@ -37,6 +37,7 @@ class EngineConfig:
     ttft_slo_ms: float | None = None
     slo_percentile: float = 95.0
     tenant_weights: dict[str, float] | None = None
+    tenant_max_concurrency: dict[str, int] | None = None
     log_level: str = "info"
 
     def to_json(self) -> str:
