@@ -8,6 +8,7 @@ clocks.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,9 +16,19 @@ from typing import Literal, TypeAlias
 
 from weft_scheduler.prefix import PrefixChain, PrefixSpec
 
+FLEX_TURN = 4
+"""While flex requests of a tenant are overdue beside its default ones, every fourth admission is flex."""
+
 
 class RequestTooLarge(ValueError):
     """A request, pack or adapter that can never run here; the message gives the value and the limit."""
+
+
+class ServiceTier(Enum):
+    """Request classes: flex waits behind its tenant's default requests, and gives way first."""
+
+    DEFAULT = "default"
+    FLEX = "flex"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +37,9 @@ class RequestSpec:
 
     At most `max_new_tokens` tokens are generated; a token of `stop_token_ids` ends the sequence once
     `min_new_tokens` tokens (it included) have been generated. `adapter` is a digest, None is the base model;
-    `adapter_elements` is 0 if its size is not known before it is fetched. Within a tenant, lower `priority`
-    goes first. Without `prefix` the request neither reads the prefix cache nor adds to it.
+    `adapter_elements` is 0 if its size is not known before it is fetched. Within a tenant, default goes
+    before flex, then lower `priority` first. Without `prefix` the request neither reads the prefix cache nor
+    adds to it. At `deadline_s`, on the clock of `now`, the request is dropped wherever it is.
     """
 
     sequence_id: str
@@ -40,6 +52,8 @@ class RequestSpec:
     adapter_elements: int = 0
     priority: int = 0
     prefix: PrefixSpec | None = None
+    tier: ServiceTier = ServiceTier.DEFAULT
+    deadline_s: float | None = None
 
 
 class SequenceStatus(Enum):
@@ -57,7 +71,9 @@ class Sequence:
     `num_computed` tokens have keys and values (counting plans in flight), `num_planned` tokens have been
     sampled by plans made, `num_generated` by plans committed. `last_planned` is the last iteration that it
     took part in. `arrived_s` is when it was asked for, `waiting_since_s` when it last began to wait. `order`
-    is unique and grows with arrival. Everything below `prefill_target` is computed as prompt.
+    is unique and grows with arrival. Everything below `prefill_target` is computed as prompt. `has_aged` says
+    that a flex sequence was admitted because it was overdue; `prompt_price_s` is what its prompt would take
+    alone, from where it waits.
 
     `chain` names the blocks of the tokens known so far; the first `num_named` of its blocks have been entered
     in the prefix cache, or found there. `awaited` is the contents that it waits for another sequence to
@@ -70,6 +86,8 @@ class Sequence:
     waiting_since_s: float
     arrived_s: float
     status: SequenceStatus = SequenceStatus.WAITING
+    has_aged: bool = False
+    prompt_price_s: float = 0.0
     num_generated: int = 0
     num_planned: int = 0
     num_computed: int = 0
@@ -84,9 +102,19 @@ class Sequence:
     awaited: bytes | None = None
 
     @property
-    def key(self) -> tuple[int, int]:
-        """Sort key: who goes first, and, reversed, who is preempted first."""
-        return (self.spec.priority, self.order)
+    def is_flex(self) -> bool:
+        """Whether it is of the background class."""
+        return self.spec.tier is ServiceTier.FLEX
+
+    @property
+    def key(self) -> tuple[bool, int, int]:
+        """Sort key within a tenant: who goes first."""
+        return (self.is_flex, self.spec.priority, self.order)
+
+    @property
+    def running_key(self) -> tuple[bool, int]:
+        """Sort key of what runs, over all tenants, whose priorities do not compare: who gives way last."""
+        return (self.is_flex and not self.has_aged, self.order)
 
     @property
     def num_tokens(self) -> int:
@@ -123,16 +151,39 @@ class Sequence:
         return "length" if self.num_generated >= self.max_new_tokens else None
 
 
-def sequence_key(sequence: Sequence) -> tuple[int, int]:
+def sequence_key(sequence: Sequence) -> tuple[bool, int, int]:
     """`sequence.key`, for sorting."""
     return sequence.key
 
 
-_Lane: TypeAlias = tuple[str | None, bytes | None]
+def running_key(sequence: Sequence) -> tuple[bool, int]:
+    """`sequence.running_key`, for sorting."""
+    return sequence.running_key
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits of one tenant: sequences, the price of their prompts, the most tokens they may get."""
+
+    num_waiting: int = 0
+    prompt_price_s: float = 0.0
+    max_tokens: int = 0
+
+    def plus(self, sequence: Sequence, sign: int = 1) -> Backlog:
+        """With one sequence more, or less."""
+        return Backlog(
+            self.num_waiting + sign,
+            self.prompt_price_s + sign * sequence.prompt_price_s,
+            self.max_tokens + sign * sequence.remaining_tokens,
+        )
+
+
+_Lane: TypeAlias = tuple[str | None, bool, bytes | None]
 
 
 class WaitingQueue:
-    """Waiting sequences by tenant, adapter and awaited contents, each queue ordered by (priority, arrival).
+    """Waiting sequences by tenant, adapter, tier and awaited contents, each queue ordered by (priority,
+    arrival).
 
     Only the heads of the queues are ever looked at, so that thousands of waiters of one adapter cost nothing.
     Those that wait for contents queue apart, so that they hold up nobody else.
@@ -140,8 +191,10 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         """Start empty."""
+        self.backlogs: dict[str, Backlog] = {}
         self._queues: dict[str, dict[_Lane, list[Sequence]]] = {}
         self._heads: dict[str, list[Sequence]] = {}
+        self._num_since_flex: Counter[str] = Counter()
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -167,6 +220,8 @@ class WaitingQueue:
         if queue[0] is sequence:
             self._heads.pop(sequence.spec.tenant, None)
         self._num_waiting += 1
+        backlog = self.backlogs.get(sequence.spec.tenant, Backlog())
+        self.backlogs[sequence.spec.tenant] = backlog.plus(sequence)
         return is_new
 
     def remove(self, sequence: Sequence) -> None:
@@ -175,19 +230,42 @@ class WaitingQueue:
         Raises:
             KeyError: it does not wait.
         """
-        queues = self._queues[sequence.spec.tenant]
+        tenant = sequence.spec.tenant
+        queues = self._queues[tenant]
         queue = queues[_lane(sequence)]
         idx = bisect_left(queue, sequence.key, key=sequence_key)
         if idx == len(queue) or queue[idx] is not sequence:
             raise KeyError(sequence.spec.sequence_id)
         del queue[idx]
         if idx == 0:
-            self._heads.pop(sequence.spec.tenant, None)
+            self._heads.pop(tenant, None)
         self._num_waiting -= 1
+        self.backlogs[tenant] = self.backlogs[tenant].plus(sequence, sign=-1)
         if not queue:
             del queues[_lane(sequence)]
         if not queues:
-            del self._queues[sequence.spec.tenant]
+            del self._queues[tenant], self.backlogs[tenant]
+            self._num_since_flex.pop(tenant, None)
+
+    def took_turn(self, sequence: Sequence) -> None:
+        """A sequence is being admitted: count the tenant's turns."""
+        if sequence.is_flex:
+            self._num_since_flex.pop(sequence.spec.tenant, None)
+        else:
+            self._num_since_flex[sequence.spec.tenant] += 1
+
+    def overdue_flex(self, tenant: str, since_s: float) -> list[Sequence]:
+        """Flex heads of a tenant whose turn it is, if one of them arrived at `since_s` or before; else none.
+
+        It is their turn after three default admissions; so where default requests wait too, flex ones get
+        every fourth admission.
+        """
+        heads = self.heads(tenant)
+        if not heads or self._num_since_flex[tenant] < FLEX_TURN - 1:
+            return []
+        flex = [sequence for sequence in heads if sequence.is_flex]
+        is_due = len(flex) < len(heads) and any(sequence.arrived_s <= since_s for sequence in flex)
+        return flex if is_due else []
 
     def set_apart(self, sequence: Sequence, awaited: bytes) -> None:
         """Let a waiting sequence wait for these contents, in a queue with the others that do."""
@@ -196,7 +274,7 @@ class WaitingQueue:
         self.add(sequence)
 
     def heads(self, tenant: str) -> Collection[Sequence]:
-        """The first waiter of each of the tenant's queues, first come first."""
+        """The first waiter of each of the tenant's queues, who goes first first."""
         if tenant not in self._queues:
             return ()
         heads = self._heads.get(tenant)
@@ -217,4 +295,4 @@ class WaitingQueue:
 
 
 def _lane(sequence: Sequence) -> _Lane:
-    return (sequence.spec.adapter, sequence.awaited)
+    return (sequence.spec.adapter, sequence.is_flex, sequence.awaited)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+Tier: TypeAlias = Literal["default", "flex"]
 LrScheduler: TypeAlias = Literal["linear", "cosine", "constant"]
 
 # ---------------------------------------------------------------- values
@@ -104,7 +105,11 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Generate one choice. `generated` are tokens already sent to the client (after an engine restart)."""
+    """Generate one choice. `generated` are tokens already sent to the client (after an engine restart).
+
+    `remaining_s` counts from when the message is sent (the processes' clocks differ): what is unfinished
+    then is dropped, with `RequestFailed` 504. Lower `priority` goes first within the tenant and tier.
+    """
 
     request_id: str
     tenant: str
@@ -113,6 +118,9 @@ class Generate:
     choice_idx: int = 0
     adapter: AdapterRef | None = None
     generated: list[int] = field(default_factory=list)
+    tier: Tier = "default"
+    priority: int = 0
+    remaining_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +170,13 @@ class SetTenantWeights:
     """New fair shares, by tenant; those of tenants not named stay."""
 
     weights: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SetTenantConcurrency:
+    """How many choices of a tenant may run at a time; tenants not named have no such limit."""
+
+    max_concurrency: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,21 +330,39 @@ class JobStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantQueue:
+    """A tenant's choices that wait for admission, and the predicted seconds until all have been admitted."""
+
+    num_waiting: int
+    drain_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Sent at least once a second, also while a long iteration runs; the engine's gauges and counters.
 
     `gauges` and `counters` are keyed by metric name without prefix (`num_requests_running`,
     `finetune_tokens`, …); counters are cumulative within the engine's epoch. `iterations` are (seconds,
-    predicted seconds) since the last one.
+    predicted seconds) since the last one. `queues` are the longest queues, by tenant, 64 at most.
     """
 
     iteration: int
     gauges: dict[str, float]
     counters: dict[str, float]
     iterations: list[tuple[float, float]] = field(default_factory=list)
+    queues: dict[str, TenantQueue] = field(default_factory=dict)
 
 
-ToEngine: TypeAlias = Generate | Abort | StartJob | CancelJob | CheckAdapter | SetTenantWeights | Shutdown
+ToEngine: TypeAlias = (
+    Generate
+    | Abort
+    | StartJob
+    | CancelJob
+    | CheckAdapter
+    | SetTenantWeights
+    | SetTenantConcurrency
+    | Shutdown
+)
 FromEngine: TypeAlias = (
     EngineReady
     | EngineFailed

@@ -27,6 +27,7 @@ from weft_server.metrics import Metrics
 from weft_server.model.hub import resolve_model
 from weft_server.protocol import EngineReady
 from weft_server.service.adapters import AdapterService
+from weft_server.service.admission import QueueLimits
 from weft_server.service.engine_client import EngineClient, EngineLaunch
 from weft_server.service.files import FileService
 from weft_server.service.generation import GenerationService
@@ -162,7 +163,15 @@ def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, 
         tokenizer=tokenizer,
         tenants=tenants,
         models=models,
-        generation=GenerationService(engine, tokenizer, models, defaults, metrics),
+        generation=GenerationService(
+            engine,
+            tokenizer,
+            models,
+            defaults,
+            metrics,
+            limits=QueueLimits.of(settings.max_queued_requests, settings.max_queued_requests_total),
+            weights=lambda: tenants.weights,
+        ),
         files=FileService(store.records, store.blobs),
         jobs=jobs,
         adapters=adapters,
@@ -204,7 +213,8 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
             ttft_slo_ms=settings.ttft_slo_ms,
             slo_percentile=settings.slo_percentile,
             prefix_cache=not settings.no_prefix_cache,
-            tenant_weights={tenant.name: tenant.weight for tenant in tenants.tenants},
+            tenant_weights=tenants.weights,
+            tenant_max_concurrency=tenants.max_concurrency,
             log_level=settings.log_level,
         ).to_json()
 

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from weft_server.api.bodies import field_path
 from weft_server.errors import (
+    Conflict,
     DeadlineExceeded,
     Internal,
     InvalidRequest,
@@ -40,7 +41,8 @@ def error_headers(error: WeftError) -> dict[str, str]:
         retry_after_s = DEFAULT_RETRY_AFTER_S
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, -int(-retry_after_s // 1)))
-    if isinstance(error, DeadlineExceeded):
+    if isinstance(error, DeadlineExceeded | Conflict):
+        # Without this, OpenAI's SDK would try both again.
         headers["x-should-retry"] = "false"
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"

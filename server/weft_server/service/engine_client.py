@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -25,10 +25,11 @@ import zmq
 import zmq.asyncio
 
 from weft_server import protocol
-from weft_server.errors import ConfigError, Internal, InvalidRequest, Unavailable, WeftError
+from weft_server.errors import ConfigError, DeadlineExceeded, Internal, InvalidRequest, Unavailable, WeftError
 from weft_server.flight_recorder import read_flight_record
 from weft_server.protocol import FromEngine, ToEngine
 from weft_server.service.engine_port import JobHandler, JobMessage, RestartHandler
+from weft_server.service.open_stream import OpenStream
 from weft_server.transport import decode, encode
 
 log = logging.getLogger(__name__)
@@ -48,18 +49,6 @@ class EngineLaunch:
 
     config_json: Callable[[int, str, str, Path], str]
     run_dir: Path
-
-
-@dataclass(slots=True)
-class _Stream:
-    """One open generation: the request as first sent, what came back, and how often it was in a fatal
-    plan."""
-
-    request: protocol.Generate
-    queue: asyncio.Queue[protocol.ChoiceDelta | WeftError]
-    sent: list[int] = field(default_factory=list)
-    deaths: int = 0
-    resubmissions: int = 0
 
 
 @dataclass(slots=True)
@@ -113,7 +102,7 @@ class EngineClient:
         # Not below the data directory: a socket's path may have 107 bytes at most.
         self._socket_dir = tempfile.TemporaryDirectory(prefix="weft-")
         self._current: _Process | None = None
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, OpenStream] = {}
         self._checks: dict[str, asyncio.Future[protocol.AdapterChecked]] = {}
         self._job_handlers: list[JobHandler] = []
         self._restart_handlers: list[RestartHandler] = []
@@ -225,13 +214,13 @@ class EngineClient:
     async def generate(self, request: protocol.Generate) -> AsyncGenerator[protocol.ChoiceDelta, None]:
         """Stream one choice; see `EnginePort.generate`."""
         self._require_alive()
-        stream = _Stream(request, asyncio.Queue())
+        stream = OpenStream.begin(request)
         self._streams[request.request_id] = stream
         try:
             if self.ready:
                 await self._send(request)
             while True:
-                item = await stream.queue.get()
+                item = await stream.next(lambda: self.ready)
                 if isinstance(item, WeftError):
                     raise item
                 yield item
@@ -266,8 +255,14 @@ class EngineClient:
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         """See `EnginePort.set_tenant_weights`; an engine that starts later is told at its start."""
+        self._tell(protocol.SetTenantWeights(dict(weights)))
+
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        """See `EnginePort.set_tenant_concurrency`; an engine that starts later is told at its start."""
+        self._tell(protocol.SetTenantConcurrency(dict(max_concurrency)))
+
+    def _tell(self, message: ToEngine) -> None:
         if self.ready:
-            message = protocol.SetTenantWeights(dict(weights))
             self._sending.add(task := asyncio.ensure_future(self._send(message)))
             task.add_done_callback(self._sending.discard)
 
@@ -430,7 +425,7 @@ class EngineClient:
         for stream in list(self._streams.values()):
             if stream.deaths < 2:
                 stream.resubmissions += 1
-                await self._send(replace(stream.request, generated=list(stream.sent)))
+                await self._send(stream.resubmission())
         self._first_ready.set()
 
     def _dispatch(self, message: FromEngine) -> None:
@@ -484,7 +479,9 @@ class EngineClient:
 
 
 def _error(status: int, code: str, message: str, param: str | None = None) -> WeftError:
-    kind = InvalidRequest if status < 500 else Internal
+    kind: type[WeftError] = InvalidRequest if status < 500 else Internal
+    if status == DeadlineExceeded.status:
+        kind = DeadlineExceeded
     error = kind(message, code=code, param=param)
     error.status = status
     return error

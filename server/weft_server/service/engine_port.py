@@ -49,10 +49,12 @@ class EnginePort(Protocol):
         """Stream the deltas of one choice; the last one carries `finish_reason`.
 
         The generator hides an engine restart (it pauses and goes on). Closing or cancelling it before its end
-        aborts the choice in the engine, so callers close it (`contextlib.aclosing`) on every path.
+        aborts the choice in the engine, so callers close it (`contextlib.aclosing`) on every path. The
+        request's `remaining_s` counts from the first `anext`, restarts or not.
 
         Raises:
             WeftError: the choice failed alone (`RequestFailed`), with its status and code.
+            DeadlineExceeded: `remaining_s` have passed.
             Unavailable: the engine is away.
         """
 
@@ -76,6 +78,9 @@ class EnginePort(Protocol):
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         """Give tenants new fair shares, from the next iteration on."""
+
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        """Let at most so many choices of a tenant run at a time; tenants not named have no such limit."""
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         """Call `handler` with every message about jobs, one at a time, in the engine's order."""

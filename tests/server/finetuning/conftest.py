@@ -97,6 +97,9 @@ class ScriptedEngine:
     async def cancel_job(self, job_id: str) -> None:
         self.cancelled.append(job_id)
 
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        del max_concurrency
+
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         del weights
 
