@@ -168,6 +168,7 @@ class Engine:
         self._poll()
         plan = self._scheduler.plan(self._clock())
         self._pager.carry_out(plan.memory)
+        self._jobs.take_places(plan.memory.adapter_loads)
         self.ran = not plan.is_empty or bool(self._in_flight)
         if plan.is_empty:
             if self._in_flight:
