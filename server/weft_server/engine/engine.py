@@ -189,6 +189,7 @@ class Engine:
         for request_id in plan.expired:
             self._fail(request_id, 504, "deadline_exceeded", "the request's deadline has passed")
         self._pager.carry_out(plan.memory)
+        self._jobs.take_places(plan.memory.adapter_loads)
         self.ran = not plan.is_empty or bool(self._in_flight)
         if plan.is_empty:
             if self._in_flight:

@@ -172,6 +172,7 @@ class Bench:
             max_pack_tokens=max_pack_tokens,
             dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
         )
+        job.take_place()
         slot = len(self.slots)
         offset = sum(other.adapter.num_elements for other in self.jobs.values())
         self.arena.load(slot, offset, HostImage.build(job.adapter, self.dtype))
