@@ -98,12 +98,12 @@ class Scheduler:
                 f"{name}: prompt and max_new_tokens must be at least 1, min_new_tokens at least 0"
             )
         room = limits.max_model_len - spec.num_prompt_tokens
-        if room < 1:
+        if room < 0:
             raise RequestTooLarge(
-                f"the prompt has {spec.num_prompt_tokens} tokens; at most {limits.max_model_len - 1} leave "
-                f"room for an answer within the context of {limits.max_model_len}"
+                f"the prompt has {spec.num_prompt_tokens} tokens; the context holds {limits.max_model_len}"
             )
-        max_new_tokens = min(spec.max_new_tokens, room)
+        # The last token sampled is never computed, so a prompt that fills the context can still be scored.
+        max_new_tokens = min(spec.max_new_tokens, max(1, room))
         num_cached = spec.num_prompt_tokens + max_new_tokens - 1
         if num_cached > limits.capacity_tokens:
             raise RequestTooLarge(

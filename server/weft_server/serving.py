@@ -24,6 +24,7 @@ from weft_server.engine.config import EngineConfig
 from weft_server.errors import WeftError
 from weft_server.log import configure_logging
 from weft_server.metrics import Metrics
+from weft_server.model.config import ModelConfig
 from weft_server.model.hub import resolve_model
 from weft_server.protocol import EngineReady
 from weft_server.service.adapters import AdapterService
@@ -106,6 +107,7 @@ async def running_server(settings: Settings) -> AsyncIterator[tuple[RunningServe
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(settings.host, settings.port))
         model_dir = DEMO_MODEL if settings.model == "demo" else resolve_model(settings.model)
+        ModelConfig.from_directory(model_dir)  # what is wrong with it is said before its tokenizer is
         stack.enter_context(DataDirLock(settings.data_dir))
         store = stack.enter_context(
             open_store(settings.store, settings.data_dir, redis_volatile=settings.redis_volatile)

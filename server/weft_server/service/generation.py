@@ -168,7 +168,7 @@ class GenerationService:
         all_encoded = await self._prompts.encode(
             tenant,
             prompts,
-            num_new_tokens=max_tokens,
+            num_new_tokens=asked,
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
             with_echo=echo,
