@@ -89,7 +89,8 @@ def _admissions(
         if not has_time or draft.tokens_left <= num_kept_tokens:
             return
         tenant = heap[0][1]
-        sequence = next((seq for seq in state.waiting.heads(tenant) if _is_admissible(state, seq)), None)
+        heads = state.waiting.heads_among(tenant, state.residency.extents)
+        sequence = next((seq for seq in heads if _is_admissible(state, seq)), None)
         if sequence is None:
             heappop(heap)
             continue

@@ -126,6 +126,7 @@ class WaitingQueue:
         """Start empty."""
         self._queues: dict[str, dict[str | None, list[Sequence]]] = {}
         self._heads: dict[str, list[Sequence]] = {}
+        self._tenants: dict[str | None, dict[str, None]] = {}
         self._num_waiting = 0
 
     def __len__(self) -> int:
@@ -145,11 +146,17 @@ class WaitingQueue:
 
     def add(self, sequence: Sequence) -> bool:
         """Queue a sequence; returns whether its tenant had nothing waiting before."""
-        is_new = sequence.spec.tenant not in self._queues
-        queue = self._queues.setdefault(sequence.spec.tenant, {}).setdefault(sequence.spec.adapter, [])
+        tenant, adapter = sequence.spec.tenant, sequence.spec.adapter
+        is_new = tenant not in self._queues
+        heads = self._heads.setdefault(tenant, [])
+        queue = self._queues.setdefault(tenant, {}).setdefault(adapter, [])
+        former = queue[0] if queue else None
         insort(queue, sequence, key=sequence_key)
         if queue[0] is sequence:
-            self._heads.pop(sequence.spec.tenant, None)
+            if former is not None:
+                _discard(heads, former)
+            insort(heads, sequence, key=sequence_key)
+        self._tenants.setdefault(adapter, {})[tenant] = None
         self._num_waiting += 1
         return is_new
 
@@ -159,30 +166,50 @@ class WaitingQueue:
         Raises:
             KeyError: it does not wait.
         """
-        queues = self._queues[sequence.spec.tenant]
-        queue = queues[sequence.spec.adapter]
-        idx = bisect_left(queue, sequence.key, key=sequence_key)
-        if idx == len(queue) or queue[idx] is not sequence:
-            raise KeyError(sequence.spec.sequence_id)
-        del queue[idx]
-        if idx == 0:
-            self._heads.pop(sequence.spec.tenant, None)
+        tenant, adapter = sequence.spec.tenant, sequence.spec.adapter
+        queue = self._queues[tenant][adapter]
+        was_first = queue[0] is sequence
+        _discard(queue, sequence)
         self._num_waiting -= 1
+        if was_first:
+            _discard(self._heads[tenant], sequence)
+            if queue:
+                insort(self._heads[tenant], queue[0], key=sequence_key)
         if not queue:
-            del queues[sequence.spec.adapter]
-        if not queues:
-            del self._queues[sequence.spec.tenant]
+            self._forget_queue(tenant, adapter)
 
     def heads(self, tenant: str) -> Collection[Sequence]:
         """The first waiter of each of the tenant's adapters, first come first."""
-        if tenant not in self._queues:
-            return ()
-        heads = self._heads.get(tenant)
-        if heads is None:
-            heads = sorted((queue[0] for queue in self._queues[tenant].values()), key=sequence_key)
-            self._heads[tenant] = heads
-        return heads
+        return self._heads.get(tenant, ())
+
+    def heads_among(self, tenant: str, adapters: Collection[str]) -> Collection[Sequence]:
+        """Those heads that want one of `adapters` or none; the cost is that of the smaller of the two."""
+        heads = self.heads(tenant)
+        if len(heads) <= len(adapters) + 1:
+            return [seq for seq in heads if seq.spec.adapter is None or seq.spec.adapter in adapters]
+        queues = self._queues[tenant]
+        found = [queues[adapter][0] for adapter in (None, *adapters) if adapter in queues]
+        return sorted(found, key=sequence_key)
+
+    def queues_of(self, adapter: str) -> list[list[Sequence]]:
+        """The waiters of one adapter: each tenant's, ordered."""
+        return [self._queues[tenant][adapter] for tenant in self._tenants.get(adapter, ())]
 
     def of_adapter(self, adapter: str) -> list[Sequence]:
         """All waiters of one adapter."""
-        return [seq for queues in self._queues.values() for seq in queues.get(adapter, ())]
+        return [sequence for queue in self.queues_of(adapter) for sequence in queue]
+
+    def _forget_queue(self, tenant: str, adapter: str | None) -> None:
+        del self._queues[tenant][adapter]
+        del self._tenants[adapter][tenant]
+        if not self._tenants[adapter]:
+            del self._tenants[adapter]
+        if not self._queues[tenant]:
+            del self._queues[tenant], self._heads[tenant]
+
+
+def _discard(ordered: list[Sequence], sequence: Sequence) -> None:
+    idx = bisect_left(ordered, sequence.key, key=sequence_key)
+    if idx == len(ordered) or ordered[idx] is not sequence:
+        raise KeyError(sequence.spec.sequence_id)
+    del ordered[idx]

@@ -29,7 +29,11 @@ class SchedulerState:
         self.cost = cost
         self.blocks = BlockAllocator(limits.num_blocks)
         self.residency = Residency(
-            limits.num_adapter_slots, limits.arena_elements, limits.training_adapter_share
+            limits.num_adapter_slots,
+            limits.arena_elements,
+            limits.training_adapter_share,
+            pinned_share=limits.pinned_adapter_share,
+            is_synchronous=limits.max_inflight == 1,
         )
         self.training = TrainingQueue(limits.num_layers, limits.window_tokens)
         self.inference_shares = FairQueue()

@@ -64,6 +64,9 @@ def drive(engine: Any, rng: random.Random, num_events: int, num_adapters: int) -
             engine.remove_job(rng.choice(list(engine.open_packs)))
         elif 0.46 < event < 0.48:
             engine.failing ^= {f"a{rng.randrange(num_adapters)}"} if num_adapters else set()
+        elif 0.48 < event < 0.52 and num_adapters:
+            change = rng.choice((engine.scheduler.pin_adapter, engine.scheduler.unpin_adapter))
+            change(f"a{rng.randrange(num_adapters)}")
         else:
             engine.step()
         engine.scheduler.check_invariants()
@@ -102,6 +105,8 @@ def random_setting(rng: random.Random) -> dict[str, Any]:
         setting |= {"num_adapter_slots": 2, "arena_elements": 64 * 33, "max_wait_s": 0.1}
     if rng.random() < 0.3:
         setting |= {"latency": lambda: rng.expovariate(20.0), "max_wait_s": 0.2}
+    if rng.random() < 0.5:
+        setting |= {"training_adapter_share": 0.25, "pinned_adapter_share": 0.25}
     if rng.random() < 0.3:
         setting["max_training_wait_s"] = 0.05
     if rng.random() < 0.3:

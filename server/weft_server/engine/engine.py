@@ -276,6 +276,7 @@ class Engine:
             "finetune_steps": float(self._jobs.num_steps),
             "adapter_loads": float(self._pager.num_loads),
             "adapter_evictions": float(self._pager.num_evictions),
+            "adapter_moves": float(self._pager.num_moves),
         }
         return Heartbeat(self._num_iterations, gauges, counters, iterations)
 
