@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MAX_RESERVED_SHARE = 0.5
+MAX_RESERVED_SHARE = 0.25
 """Part of the arena and of its slots that reservations may hold at a time (one always may), so that the rest
-goes on serving.
+goes on serving. With more, adapters leave before those who still wait for them are served, and are loaded
+again.
 """
 
 

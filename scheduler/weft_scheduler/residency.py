@@ -27,7 +27,6 @@ from weft_scheduler.staging import HostStaging
 PIN_RETRY_S = 30.0
 """After how long a pinned adapter that could not be fetched is tried again."""
 
-_UNUSED_PENALTY_TOKENS = 1 << 20
 _MISPLACED_PIN_PENALTY = 1e18
 
 
@@ -281,6 +280,7 @@ class Residency:
         """Keep the run of adapters that drains first for an aged waiter (see `Reservation`).
 
         `drain_tokens(key)` is the number of tokens that the users of an adapter may still generate.
+        One that is waited for is not taken before its first use, lest adapters replace each other for ever.
         False: there is no such run, or reservations hold as much as they may.
         """
         if entry.key in self.reservations or not self._slot_class_free(entry):
@@ -292,10 +292,9 @@ class Residency:
             other = self.entries.get(key)
             if other is None or other.is_training or other.slot is None or self.reservations.is_victim(key):
                 return None
-            if self._is_protected(other):
+            if self._is_protected(other) or (other.is_fresh and other.num_waiting):
                 return None
-            is_unused = other.is_fresh and other.num_waiting > 0
-            return 1.0 + drain_tokens(key) + (_UNUSED_PENALTY_TOKENS if is_unused else 0)
+            return 1.0 + drain_tokens(key)
 
         place = self._find(entry, cost)
         if place is None:
