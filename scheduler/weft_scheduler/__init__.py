@@ -5,7 +5,15 @@ from weft_scheduler.cost import CostModel, PlanFeatures
 from weft_scheduler.drain import TenantQueue
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
-from weft_scheduler.plan import AdapterLoad, BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
+from weft_scheduler.plan import (
+    AdapterLoad,
+    AdapterMove,
+    BackwardSlice,
+    MemoryPlan,
+    Segment,
+    SegmentKind,
+    StepPlan,
+)
 from weft_scheduler.prefix import PrefixSpec, prefix_root
 from weft_scheduler.requests import RequestSpec, ServiceTier
 from weft_scheduler.scheduler import Scheduler
@@ -13,6 +21,7 @@ from weft_scheduler.training import PackSpec
 
 __all__ = [
     "AdapterLoad",
+    "AdapterMove",
     "BackwardSlice",
     "BudgetController",
     "CostModel",

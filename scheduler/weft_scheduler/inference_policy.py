@@ -58,7 +58,8 @@ def _head(state: SchedulerState, tenant: str) -> Sequence | None:
     """The first waiting request of a tenant that could start if there were a place."""
     if state.is_at_its_concurrency(tenant):
         return None
-    return next((seq for seq in state.waiting.heads(tenant) if _is_admissible(state, seq)), None)
+    heads = state.waiting.heads_among(tenant, state.residency.extents)
+    return next((seq for seq in heads if _is_admissible(state, seq)), None)
 
 
 def plan_decodes(state: SchedulerState, draft: PlanDraft) -> None:
@@ -185,7 +186,8 @@ def _next_of(state: SchedulerState, tenant: str, now_s: float) -> Sequence | Non
     passed: set[Sequence] = set()
     while True:
         overdue = state.waiting.overdue_flex(tenant, now_s - state.limits.max_flex_wait_s)
-        for sequence in chain(overdue, state.waiting.heads(tenant)):
+        heads = state.waiting.heads_among(tenant, state.residency.extents)
+        for sequence in chain(overdue, heads):
             if sequence in passed or not _is_admissible(state, sequence):
                 continue
             awaited = state.awaited_contents(sequence)

@@ -64,11 +64,27 @@ class AdapterLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterMove:
+    """Copy the adapter at `slot` from `[source, source + num_elements)` of the arena to the same length at
+    `destination`, which may overlap it, and point the slot there. No plan in flight reads the adapter.
+    """
+
+    adapter: str
+    slot: int
+    source: int
+    destination: int
+    num_elements: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What changes hands before the iteration runs. Fetches and loads start now and end whenever they end."""
+    """What changes hands before the iteration runs, in this order: evictions, moves one after the other,
+    loads, fetches. Fetches and loads start now and end whenever they end.
+    """
 
     adapter_fetches: tuple[str, ...] = ()
     adapter_loads: tuple[AdapterLoad, ...] = ()
+    adapter_moves: tuple[AdapterMove, ...] = ()
     adapter_evictions: tuple[tuple[str, int], ...] = ()
     preempted: tuple[str, ...] = ()
     dropped_packs: tuple[str, ...] = ()

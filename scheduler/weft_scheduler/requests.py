@@ -7,17 +7,11 @@ clocks.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from weft_scheduler.prefix import PrefixChain, PrefixSpec
-
-FLEX_TURN = 4
-"""While flex requests of a tenant are overdue beside its default ones, every fourth admission is flex."""
 
 
 class RequestTooLarge(ValueError):
@@ -159,140 +153,3 @@ def sequence_key(sequence: Sequence) -> tuple[bool, int, int]:
 def running_key(sequence: Sequence) -> tuple[bool, int]:
     """`sequence.running_key`, for sorting."""
     return sequence.running_key
-
-
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """What waits of one tenant: sequences, the price of their prompts, the most tokens they may get."""
-
-    num_waiting: int = 0
-    prompt_price_s: float = 0.0
-    max_tokens: int = 0
-
-    def plus(self, sequence: Sequence, sign: int = 1) -> Backlog:
-        """With one sequence more, or less."""
-        return Backlog(
-            self.num_waiting + sign,
-            self.prompt_price_s + sign * sequence.prompt_price_s,
-            self.max_tokens + sign * sequence.remaining_tokens,
-        )
-
-
-_Lane: TypeAlias = tuple[str | None, bool, bytes | None]
-
-
-class WaitingQueue:
-    """Waiting sequences by tenant, adapter, tier and awaited contents, each queue ordered by (priority,
-    arrival).
-
-    Only the heads of the queues are ever looked at, so that thousands of waiters of one adapter cost nothing.
-    Those that wait for contents queue apart, so that they hold up nobody else.
-    """
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.backlogs: dict[str, Backlog] = {}
-        self._queues: dict[str, dict[_Lane, list[Sequence]]] = {}
-        self._heads: dict[str, list[Sequence]] = {}
-        self._num_since_flex: Counter[str] = Counter()
-        self._num_waiting = 0
-
-    def __len__(self) -> int:
-        """Sequences waiting."""
-        return self._num_waiting
-
-    def __iter__(self) -> Iterator[Sequence]:
-        """All waiting sequences, in no particular order."""
-        for queues in self._queues.values():
-            for queue in queues.values():
-                yield from queue
-
-    @property
-    def tenants(self) -> list[str]:
-        """Tenants with waiting sequences."""
-        return list(self._queues)
-
-    def add(self, sequence: Sequence) -> bool:
-        """Queue a sequence; returns whether its tenant had nothing waiting before."""
-        is_new = sequence.spec.tenant not in self._queues
-        queue = self._queues.setdefault(sequence.spec.tenant, {}).setdefault(_lane(sequence), [])
-        insort(queue, sequence, key=sequence_key)
-        if queue[0] is sequence:
-            self._heads.pop(sequence.spec.tenant, None)
-        self._num_waiting += 1
-        backlog = self.backlogs.get(sequence.spec.tenant, Backlog())
-        self.backlogs[sequence.spec.tenant] = backlog.plus(sequence)
-        return is_new
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out.
-
-        Raises:
-            KeyError: it does not wait.
-        """
-        tenant = sequence.spec.tenant
-        queues = self._queues[tenant]
-        queue = queues[_lane(sequence)]
-        idx = bisect_left(queue, sequence.key, key=sequence_key)
-        if idx == len(queue) or queue[idx] is not sequence:
-            raise KeyError(sequence.spec.sequence_id)
-        del queue[idx]
-        if idx == 0:
-            self._heads.pop(tenant, None)
-        self._num_waiting -= 1
-        self.backlogs[tenant] = self.backlogs[tenant].plus(sequence, sign=-1)
-        if not queue:
-            del queues[_lane(sequence)]
-        if not queues:
-            del self._queues[tenant], self.backlogs[tenant]
-            self._num_since_flex.pop(tenant, None)
-
-    def took_turn(self, sequence: Sequence) -> None:
-        """A sequence is being admitted: count the tenant's turns."""
-        if sequence.is_flex:
-            self._num_since_flex.pop(sequence.spec.tenant, None)
-        else:
-            self._num_since_flex[sequence.spec.tenant] += 1
-
-    def overdue_flex(self, tenant: str, since_s: float) -> list[Sequence]:
-        """Flex heads of a tenant whose turn it is, if one of them arrived at `since_s` or before; else none.
-
-        It is their turn after three default admissions; so where default requests wait too, flex ones get
-        every fourth admission.
-        """
-        heads = self.heads(tenant)
-        if not heads or self._num_since_flex[tenant] < FLEX_TURN - 1:
-            return []
-        flex = [sequence for sequence in heads if sequence.is_flex]
-        is_due = len(flex) < len(heads) and any(sequence.arrived_s <= since_s for sequence in flex)
-        return flex if is_due else []
-
-    def set_apart(self, sequence: Sequence, awaited: bytes) -> None:
-        """Let a waiting sequence wait for these contents, in a queue with the others that do."""
-        self.remove(sequence)
-        sequence.awaited = awaited
-        self.add(sequence)
-
-    def heads(self, tenant: str) -> Collection[Sequence]:
-        """The first waiter of each of the tenant's queues, who goes first first."""
-        if tenant not in self._queues:
-            return ()
-        heads = self._heads.get(tenant)
-        if heads is None:
-            heads = sorted((queue[0] for queue in self._queues[tenant].values()), key=sequence_key)
-            self._heads[tenant] = heads
-        return heads
-
-    def of_adapter(self, adapter: str) -> list[Sequence]:
-        """All waiters of one adapter."""
-        return [
-            seq
-            for queues in self._queues.values()
-            for lane, queue in queues.items()
-            if lane[0] == adapter
-            for seq in queue
-        ]
-
-
-def _lane(sequence: Sequence) -> _Lane:
-    return (sequence.spec.adapter, sequence.is_flex, sequence.awaited)

@@ -224,6 +224,18 @@ class Scheduler:
 
     # ------------------------------------------------------------ adapters
 
+    def pin_adapter(self, digest: str) -> None:
+        """Bring an adapter near and keep it on the device, inside the share that pins may hold.
+
+        Raises:
+            ValueError: it is an adapter in training.
+        """
+        self._state.residency.pin(digest)
+
+    def unpin_adapter(self, digest: str) -> None:
+        """Let a pinned adapter leave like any other. Unknown ones are ignored."""
+        self._state.residency.unpin(digest)
+
     def adapter_fetched(self, digest: str, num_elements: int) -> str | None:
         """The adapter's bytes are in host memory: `num_elements` elements. Ignored if no fetch is awaited.
 
@@ -306,6 +318,7 @@ class Scheduler:
             MemoryPlan() if draft.is_empty else told,
             adapter_fetches=actions.fetches,
             adapter_loads=actions.loads,
+            adapter_moves=actions.moves,
             adapter_evictions=actions.evictions,
         )
         return draft.finish(memory, budget_s, expired)
@@ -449,7 +462,7 @@ class Scheduler:
     @property
     def num_adapters_on_device(self) -> int:
         """Adapters that are on the device or being copied there."""
-        return self._state.residency.num_resident
+        return self._state.residency.places.num_taken
 
     @property
     def arena_usage(self) -> float:
@@ -460,12 +473,22 @@ class Scheduler:
     @property
     def max_adapter_elements(self) -> int:
         """The largest adapter that requests may name."""
-        return self._state.residency.max_inference_elements
+        return self._state.residency.regions.max_request_elements
+
+    @property
+    def max_pinned_elements(self) -> int:
+        """Elements that pinned adapters may hold together."""
+        return self._state.residency.regions.pinned_elements
+
+    @property
+    def max_pinned_adapters(self) -> int:
+        """Adapters that may be pinned at a time."""
+        return self._state.residency.regions.max_pinned_slots
 
     @property
     def max_training_adapter_elements(self) -> int:
         """The largest adapter that jobs may train."""
-        return self._state.residency.training_elements
+        return self._state.residency.regions.training_elements
 
     def adapter_slot(self, key: str) -> int | None:
         """The slot of an adapter that is on the device, else None."""

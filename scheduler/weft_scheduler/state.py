@@ -20,9 +20,10 @@ from weft_scheduler.drain import ServiceMeter, TenantQueue
 from weft_scheduler.fairness import FairQueue
 from weft_scheduler.limits import Limits
 from weft_scheduler.prefix import PrefixChain, PrefixIndex
-from weft_scheduler.requests import Backlog, Sequence, SequenceStatus, WaitingQueue, running_key
+from weft_scheduler.requests import Sequence, SequenceStatus, running_key
 from weft_scheduler.residency import Residency
 from weft_scheduler.training import Pack, PackStatus, TrainingQueue
+from weft_scheduler.waiting import Backlog, WaitingQueue
 
 
 class SchedulerState:
@@ -37,7 +38,11 @@ class SchedulerState:
         self.prefixes = PrefixIndex()
         self.blocks = BlockAllocator(limits.num_blocks, self.prefixes)
         self.residency = Residency(
-            limits.num_adapter_slots, limits.arena_elements, limits.training_adapter_share
+            limits.num_adapter_slots,
+            limits.arena_elements,
+            limits.training_adapter_share,
+            pinned_share=limits.pinned_adapter_share,
+            is_synchronous=limits.max_inflight == 1,
         )
         self.training = TrainingQueue(limits.num_layers, limits.window_tokens)
         self.shares = FairQueue()

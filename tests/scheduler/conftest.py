@@ -220,8 +220,8 @@ class SimulatedEngine:
                 if key in self.failing:
                     for sequence_id in self.scheduler.adapter_failed(key):
                         self.lose(sequence_id)
-                else:
-                    assert self.scheduler.adapter_fetched(key, self.adapter_elements[key]) is None
+                elif self.scheduler.adapter_fetched(key, self.adapter_elements[key]) is not None:
+                    assert not self.scheduler.adapter_failed(key), "only pins are refused here"
             else:
                 self.scheduler.adapter_loaded(key)
 
@@ -232,6 +232,7 @@ class SimulatedEngine:
             assert slot not in in_use, "evicted under a plan in flight"
             del self.slots[slot]
             del self.extents[key]
+        self.carry_out_moves(plan, in_use)
         for load in plan.memory.adapter_loads:
             assert load.slot not in self.slots
             assert 0 <= load.slot < self.limits.num_adapter_slots
@@ -247,6 +248,22 @@ class SimulatedEngine:
             assert key not in self.fetching or key.startswith("job:")
             self.fetching.add(key)
             self.pending.append((self.now + self.latency(), "fetch", key))
+
+    def carry_out_moves(self, plan: StepPlan, in_use: set[int]) -> None:
+        """One after the other, each onto room that is free by then; the bytes moved are bounded."""
+        for move in plan.memory.adapter_moves:
+            assert self.slots[move.slot] == move.adapter
+            assert move.slot not in in_use, "moved under a plan in flight"
+            assert not move.adapter.startswith("job:"), "a training adapter is moved"
+            assert (what := ("load", move.adapter)) not in [item[1:] for item in self.pending], what
+            assert self.extents.pop(move.adapter) == (move.source, move.source + move.num_elements)
+            end = move.destination + move.num_elements
+            assert 0 <= move.destination < end <= self.limits.arena_elements
+            for start, other_end in self.extents.values():
+                assert end <= start or other_end <= move.destination, "moved onto another"
+            self.extents[move.adapter] = (move.destination, end)
+        moved = sum(move.num_elements for move in plan.memory.adapter_moves)
+        assert moved <= self.limits.arena_elements / 8 or len(plan.memory.adapter_moves) == 1
 
     def execute(self, plan: StepPlan) -> Flight:
         flight = Flight(plan)

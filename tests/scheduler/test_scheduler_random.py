@@ -86,6 +86,9 @@ def drive(engine: Any, rng: random.Random, num_events: int, num_adapters: int) -
         elif 0.48 < event < 0.49:
             most = {tenant: rng.randint(1, 3) for tenant in TENANTS if rng.random() < 0.5}
             engine.scheduler.set_max_concurrency(most)
+        elif 0.49 < event < 0.53 and num_adapters:
+            change = rng.choice((engine.scheduler.pin_adapter, engine.scheduler.unpin_adapter))
+            change(f"a{rng.randrange(num_adapters)}")
         else:
             engine.step()
         engine.scheduler.check_invariants()
@@ -124,6 +127,8 @@ def random_setting(rng: random.Random) -> dict[str, Any]:
         setting |= {"num_adapter_slots": 2, "arena_elements": 64 * 33, "max_wait_s": 0.1}
     if rng.random() < 0.3:
         setting |= {"latency": lambda: rng.expovariate(20.0), "max_wait_s": 0.2}
+    if rng.random() < 0.5:
+        setting |= {"training_adapter_share": 0.25, "pinned_adapter_share": 0.25}
     if rng.random() < 0.3:
         setting["max_training_wait_s"] = 0.05
     if rng.random() < 0.5:

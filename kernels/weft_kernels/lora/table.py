@@ -125,6 +125,15 @@ class LoraTable:
         self._groups[slot] = {}
         self._write_rows(slot)
 
+    def rebase_slot(self, slot: int, base: int) -> None:
+        """The extent of `slot` has moved to element `base`; what it adapts stays.
+
+        Raises:
+            IndexError, ValueError: as `set_slot`.
+        """
+        self._check_slot(slot)
+        self.set_slot(slot, base, self._entries[slot].values())
+
     def clear_slot(self, slot: int) -> None:
         """Make `slot` adapt nothing. Raises IndexError for a slot outside the table."""
         self.set_slot(slot, 0, ())

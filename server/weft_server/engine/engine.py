@@ -309,6 +309,7 @@ class Engine:
             "adapter_evictions": float(self._pager.num_evictions),
             "prefix_cache_queries": float(scheduler.num_prefix_queries),
             "prefix_cache_hits": float(scheduler.num_prefix_hits),
+            "adapter_moves": float(self._pager.num_moves),
         }
         queues = {
             tenant: TenantQueue(queue.num_waiting, queue.drain_s)

@@ -48,6 +48,7 @@ class AdapterPager:
         self._loading: list[tuple[AdapterLoad, LoadHandle]] = []
         self.num_loads = 0
         self.num_evictions = 0
+        self.num_moves = 0
 
     def know(self, ref: AdapterRef) -> None:
         """A request needs this adapter: remember where its blobs are, for when the scheduler asks for it."""
@@ -87,6 +88,9 @@ class AdapterPager:
             self._arena.clear(slot)
             self._slots.pop(digest, None)
             self.num_evictions += 1
+        for move in memory.adapter_moves:
+            self._arena.move(move.slot, move.destination)
+            self.num_moves += 1
         for load in memory.adapter_loads:
             image = self._training.get(load.adapter) or self._fetched.pop(load.adapter)
             self._loading.append((load, self._arena.load_async(load.slot, load.offset, image)))

@@ -175,3 +175,38 @@ def test_requests_keep_the_version_that_they_started_with(harness, make, oracle)
     h.run()
     assert h.tokens("old") == oracle.greedy(prompt, 20, old)
     assert h.tokens("new") == oracle.greedy(prompt, 20, new)
+
+
+def test_answers_do_not_change_when_their_adapters_are_moved_together(harness, make, oracle):
+    """An arena full of small adapters, some of which leave: a large one fits after moves alone."""
+    small = [make.adapter(i, 1) for i in range(32)]
+    size = small[0].num_elements
+    large = make.adapter(90, 2)
+    assert size < large.num_elements <= 2 * size
+    h = harness(num_adapter_slots=64, arena_elements=32 * size, training_adapter_share=0.0)
+    refs = [h.store(adapter) for adapter in small]
+    for i, ref in enumerate(refs):
+        h.generate(f"first {i}", make.prompt(5), adapter=ref, max_tokens=2)
+    h.run()
+    residency = h.scheduler._state.residency
+    by_place = sorted(range(32), key=lambda i: residency.extents[refs[i].digest].start)
+    small, refs = [small[i] for i in by_place], [refs[i] for i in by_place]
+    for i in (3, 5, 7, 9):
+        residency._evict(residency.entries[refs[i].digest])
+    for i in (4, 6):
+        h.generate(f"running {i}", make.prompt(6), adapter=refs[i], max_tokens=60)
+    h.run(until=lambda: len(h.tokens("running 4")) > 3 and len(h.tokens("running 6")) > 3)
+    h.generate("large", make.prompt(5), adapter=h.store(large), max_tokens=20)
+    h.run()
+    counters = h.engine.heartbeat().counters
+    assert counters["adapter_moves"] > 0
+    assert counters["adapter_evictions"] == 4
+    assert h.tokens("large") == oracle.greedy(make.prompt(5), 20, large)
+    for i in (4, 6):
+        assert h.tokens(f"running {i}") == oracle.greedy(make.prompt(6), 60, small[i])
+    for i in (0, 4, 6, 8, 31):
+        h.generate(f"again {i}", make.prompt(5), adapter=refs[i], max_tokens=8)
+    h.run()
+    for i in (0, 4, 6, 8, 31):
+        assert h.tokens(f"again {i}") == oracle.greedy(make.prompt(5), 8, small[i])
+    assert h.engine.heartbeat().counters["adapter_loads"] == 33
