@@ -242,15 +242,15 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         "max_queued_requests",
         1024,
-        _integer(1, _MAX_INT),
-        f"1 to {_MAX_INT}",
+        _integer(1, 1_000_000),
+        "1 to 1000000",
         "choices of a tenant that may wait for their first token; more are refused with 429",
     ),
     Option(
         "max_queued_requests_total",
         None,
-        _integer(1, _MAX_INT),
-        f"1 to {_MAX_INT}",
+        _integer(1, 1_000_000),
+        "1 to 1000000",
         "the same for all tenants together; default: 8 times the limit of a tenant",
     ),
     Option(

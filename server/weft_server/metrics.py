@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -91,6 +91,12 @@ class Metrics:
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.", "tenant")
         self._success = self._counter("request_success", "Finished choices.", "tenant", "finished_reason")
         self._failure = self._counter("request_failure", "Choices that failed.", "tenant", "code")
+        self._queue_length = Gauge(
+            "weft_queue_length",
+            "Choices that wait for their first token.",
+            ["model_name", "tenant"],
+            registry=self._registry,
+        )
         self._shed = self._counter(
             "requests_shed", "Choices refused because a queue was full.", "tenant", "reason"
         )
@@ -99,6 +105,10 @@ class Metrics:
         self._publishes = self._counter(
             "adapter_publishes", "Adapter versions published.", "tenant", "source"
         )
+
+    def queue_changed(self, tenant: str, num_choices: int) -> None:
+        """So many choices of a tenant wait for their first token now."""
+        self._queue_length.labels(self._model_name, tenant).set(num_choices)
 
     def requests_shed(self, tenant: str, reason: str, num_choices: int) -> None:
         """Count choices refused because a queue was full; `reason` is tenant_queue or server_queue."""
@@ -242,11 +252,6 @@ class _EngineCollector:
             "queue_drain_seconds",
             "Predicted time until a tenant's waiting choices have been admitted.",
             {tenant: queue.drain_s for tenant, queue in queues.items()},
-        )
-        yield self._of_tenants(
-            "queue_length",
-            "A tenant's choices that wait for admission.",
-            {tenant: float(queue.num_waiting) for tenant, queue in queues.items()},
         )
         counters["engine_starts"] = float(num_starts)
         for name, value in sorted(counters.items()):

@@ -85,6 +85,7 @@ class Admission:
         weights: Callable[[], Mapping[str, float]] = dict,
         drain_s: Callable[[str, int], float | None] = lambda _tenant, _num_waiting: None,
         on_refused: Callable[[str, Reason, int], None] = lambda _tenant, _reason, _num: None,
+        on_change: Callable[[str, int], None] = lambda _tenant, _num_waiting: None,
     ) -> None:
         """
         Args:
@@ -92,11 +93,13 @@ class Admission:
             weights: the tenants' weights now; who is not named has weight 1.
             drain_s: predicted seconds until so many waiting choices of a tenant have begun; None: not known.
             on_refused: told tenant, reason and number of choices.
+            on_change: told how many choices of a tenant wait now.
         """
         self._limits = limits
         self._weights = weights
         self._drain_s = drain_s
         self._on_refused = on_refused
+        self._on_change = on_change
         self._queues: dict[str, _Queue] = {}
         self._total = 0
 
@@ -117,10 +120,9 @@ class Admission:
         self._check_size(len(choices))
         ticket = Ticket(tenant, tier, set(choices), refuse)
         queue = self._queues.setdefault(tenant, _Queue())
-        queue.num_waiting += len(choices)
-        self._total += len(choices)
         if choices:
             queue.refusable[tier][id(ticket)] = ticket
+        self._count(ticket, len(choices))
         victims = self._victims(ticket)
         for victim, reason in victims:
             error = self._error(victim, reason)
@@ -216,5 +218,6 @@ class Admission:
             return
         queue.num_waiting += change
         self._total += change
+        self._on_change(ticket.tenant, queue.num_waiting)
         if not queue.num_waiting and not any(queue.refusable.values()):
             del self._queues[ticket.tenant]

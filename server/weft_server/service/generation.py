@@ -124,6 +124,7 @@ class GenerationService:
             weights=weights,
             drain_s=self._drain_s,
             on_refused=lambda tenant, reason, num: metrics.requests_shed(tenant, reason.value, num),
+            on_change=metrics.queue_changed,
         )
 
     async def plan_completion(
