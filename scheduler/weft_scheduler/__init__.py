@@ -13,6 +13,7 @@ from weft_scheduler.plan import (
     SegmentKind,
     StepPlan,
 )
+from weft_scheduler.prefix import PrefixSpec, prefix_root
 from weft_scheduler.requests import RequestSpec
 from weft_scheduler.scheduler import Scheduler
 from weft_scheduler.training import PackSpec
@@ -31,6 +32,7 @@ __all__ = [
     "PackForwarded",
     "PackSpec",
     "PlanFeatures",
+    "PrefixSpec",
     "RequestSpec",
     "Scheduler",
     "Segment",
@@ -39,4 +41,5 @@ __all__ = [
     "StepDone",
     "StepPlan",
     "StepResult",
+    "prefix_root",
 ]

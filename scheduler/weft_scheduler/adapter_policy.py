@@ -149,16 +149,15 @@ def _training_demand(state: SchedulerState, now_s: float) -> list[tuple[Entry, f
 
 def _request_demand(state: SchedulerState, wanted: Iterable[Entry]) -> list[tuple[Entry, float]]:
     """What requests wait for, tenants taking turns, and since when; last what is only pinned."""
-    waiting = state.waiting
     by_tenant: defaultdict[str, list[tuple[int, Sequence, Entry]]] = defaultdict(list)
     pinned: list[tuple[Entry, float]] = []
     for entry in wanted:
         if entry.is_pinned and not entry.num_waiting:
             pinned.append((entry, entry.pinned_since_s))
-        for queue in waiting.queues_of(entry.key):
-            by_tenant[queue[0].spec.tenant].append((-len(queue), queue[0], entry))
+        for head, num_waiting in state.waiting.firsts_of(entry.key):
+            by_tenant[head.spec.tenant].append((-num_waiting, head, entry))
     turns = []
-    for tenant in sorted(by_tenant, key=state.inference_shares.tag):
+    for tenant in sorted(by_tenant, key=state.shares.tag):
         heads = sorted(by_tenant[tenant], key=lambda item: (item[1].spec.priority, item[0], item[1].order))
         turns.append([(entry, head.waiting_since_s) for _, head, entry in heads])
     return [item for turn in zip_longest(*turns) for item in turn if item is not None] + pinned

@@ -79,6 +79,10 @@ class FeatureTally:
         """The sums so far."""
         return PlanFeatures(*_values(self))
 
+    def without(self, other: Features) -> PlanFeatures:
+        """The sums less those of a part."""
+        return PlanFeatures(*(own - part for own, part in zip(_values(self), _values(other), strict=True)))
+
 
 def _values(x: Features) -> tuple[int, ...]:
     return (
@@ -154,6 +158,25 @@ class CostModel:
             + w[7] * f.optimizer_steps
         )
 
+    def decode_s(self, context: int) -> float:
+        """Seconds of one decode with `context` keys, alone."""
+        return self._decode_s + self._weights[0] * context
+
+    def chunk_s(self, num_tokens: int, context: int, loss_tokens: int = 0) -> float:
+        """Seconds of `num_tokens` tokens of one sequence that end at `context` keys, alone."""
+        w = self._weights
+        keys_s = w[0] * context + w[1] * num_tokens * context
+        return self._curve(num_tokens) + keys_s + w[3] * loss_tokens
+
+    def backward_s(self, token_layers: int, num_slices: float) -> float:
+        """Seconds of backward slices over so many tokens times layers."""
+        return self._weights[4] * token_layers + self._weights[5] * num_slices
+
+    @property
+    def optimizer_step_s(self) -> float:
+        """Seconds of one optimizer step."""
+        return self._weights[7]
+
     def calibrate(self, samples: Sequence[tuple[PlanFeatures, float]]) -> None:
         """Fit to measurements `(features, seconds)`; what they leave open stays at the nominal device's
         ratios.
@@ -219,6 +242,7 @@ class CostModel:
             total += increment
             values.append(total)
         self._curve_values = values
+        self._decode_s = values[0] + self._weights[2]
         self._slopes = [
             (high - low) / (right - left)
             for low, high, left, right in zip(values, values[1:], KNOTS, KNOTS[1:], strict=False)

@@ -1,30 +1,74 @@
-"""Decodes and prompts: who runs, who is admitted, and what gives way when KV blocks run out.
+"""Decodes and prompts: who runs, who is admitted, and what gives way when room runs out.
 
-Every running sequence decodes in every plan; prompts fill what the budget leaves. When blocks run out,
-training packs are dropped first, then the youngest running sequence of the lowest priority is preempted. The
-oldest is never preempted while another runs, so that something always finishes.
+Every running sequence decodes in every plan; prompts fill what the budget leaves. Tenants are admitted in the
+order of their shares, and a tenant that is ahead of another tenant's finetuning waits for it: inference goes
+before finetuning only inside its tenant's share.
+
+When blocks run out, training packs are dropped first, then the youngest running sequence of the tenant that
+holds the most blocks for its weight is preempted. A request that has waited too long for a place takes one
+from a tenant that has more places for its weight. The oldest sequence is never preempted while another runs,
+so that something always finishes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heapreplace
+from math import inf
 
-from weft_scheduler.cost import PlanFeatures
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.requests import Sequence, SequenceStatus
 from weft_scheduler.state import SchedulerState
+from weft_scheduler.training_policy import runnable_tenants
 
 MIN_PREFILL_TOKENS = 64
 """Prompt tokens that every plan takes, whatever the budget."""
 
+MAX_LEAD_S = 0.5
+"""How far a tenant may be ahead of another tenant's runnable finetuning before its requests must wait."""
+
+
+def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
+    """Preempt one sequence if all places are taken and somebody has waited too long for a fair part of them.
+
+    The tenant whose first request waits longest gets a place of the tenant that has most places for its
+    weight, provided that it still has fewer for its own weight once the place has changed hands.
+    """
+    if len(state.running) < state.limits.max_num_seqs:
+        return
+    places = Counter(sequence.spec.tenant for sequence in state.running)
+    overdue = [
+        (head.waiting_since_s, tenant)
+        for tenant in state.waiting.tenants
+        if (head := _head(state, tenant)) is not None
+        and draft.now_s - head.waiting_since_s >= state.limits.max_wait_s
+    ]
+    for _, tenant in sorted(overdue):
+        weight = state.shares.weight
+        donor = max(places, key=lambda t: places[t] / weight(t))
+        if (places[tenant] + 1) / weight(tenant) <= (places[donor] - 1) / weight(donor):
+            victim = _youngest(state, donor)
+            if victim is not None:
+                state.preempt(victim, draft)
+            return
+
+
+def _head(state: SchedulerState, tenant: str) -> Sequence | None:
+    """The first waiting request of a tenant that could start."""
+    heads = state.waiting.heads_among(tenant, state.residency.extents)
+    return next((seq for seq in heads if _is_admissible(state, seq)), None)
+
+
+def _youngest(state: SchedulerState, tenant: str) -> Sequence | None:
+    """The tenant's running sequence that goes last; never the first of all."""
+    return next((seq for seq in reversed(state.running[1:]) if seq.spec.tenant == tenant), None)
+
 
 def plan_decodes(state: SchedulerState, draft: PlanDraft) -> None:
-    """One token of every running sequence whose prompt is computed; each is charged to its tenant."""
+    """One token of every running sequence whose prompt is computed."""
     capacity = state.limits.block_size
     running = state.running
-    num_tokens: Counter[str] = Counter()
     idx = 0
     while idx < len(running):
         sequence = running[idx]
@@ -37,25 +81,28 @@ def plan_decodes(state: SchedulerState, draft: PlanDraft) -> None:
                 continue
             sequence.block_ids.extend(state.blocks.allocate(1))
         draft.add_decode(sequence)
-        num_tokens[sequence.spec.tenant] += 1
         idx += 1
-    if num_tokens:
-        price_s = state.cost.predict(PlanFeatures(forward_tokens=1, num_sequences=1))
-        for tenant, count in num_tokens.items():
-            state.inference_shares.charge(tenant, price_s * count)
 
 
 def plan_prefills(
-    state: SchedulerState, draft: PlanDraft, budget_s: float, num_kept_tokens: int, num_kept_blocks: int
+    state: SchedulerState,
+    draft: PlanDraft,
+    budget_s: float,
+    num_kept_tokens: int = 0,
+    num_kept_blocks: int = 0,
+    *,
+    yields: bool = True,
 ) -> None:
     """Chunks of running prompts, then of newly admitted ones, within the budget.
 
     `num_kept_tokens` rows of the batch and, for new admissions, `num_kept_blocks` free blocks are left alone.
+    With `yields`, tenants that are ahead of the finetuning of others admit nothing.
     """
     for sequence in state.running:
         if sequence.is_prefilling and not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
             return
-    for sequence in _admissions(state, draft, budget_s, num_kept_tokens, num_kept_blocks):
+    limit = _lead_limit(state, draft.iteration) if yields else lambda _tenant: inf
+    for sequence in _admissions(state, draft, budget_s, limit, num_kept_tokens, num_kept_blocks):
         if not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
             return
 
@@ -75,30 +122,84 @@ def _add_chunk(draft: PlanDraft, sequence: Sequence, budget_s: float, num_kept_t
 
 
 def _admissions(
-    state: SchedulerState, draft: PlanDraft, budget_s: float, num_kept_tokens: int, num_kept_blocks: int
+    state: SchedulerState,
+    draft: PlanDraft,
+    budget_s: float,
+    limit: Callable[[str], float],
+    num_kept_tokens: int,
+    num_kept_blocks: int,
 ) -> Iterator[Sequence]:
     """Admit waiting sequences one by one: the least served tenant's first whose adapter is on the device.
 
-    Stops at the first that finds no blocks, so that small requests do not overtake a large one for ever.
+    What a tenant has admitted and not yet computed counts as served. Stops at the first that finds no blocks,
+    so that small requests do not overtake a large one for ever.
     """
-    shares = state.inference_shares
-    heap = [(shares.tag(tenant), tenant) for tenant in state.waiting.tenants]
+    if not state.waiting or len(state.running) >= state.limits.max_num_seqs:
+        return
+    admitted_s = _admitted_price_s(state)
+    heap = [(state.shares.tag_after(tenant, admitted_s[tenant]), tenant) for tenant in state.waiting.tenants]
     heapify(heap)
     while heap and len(state.running) < state.limits.max_num_seqs:
         has_time = draft.num_prefill_tokens < MIN_PREFILL_TOKENS or draft.predicted_s < budget_s
         if not has_time or draft.tokens_left <= num_kept_tokens:
             return
-        tenant = heap[0][1]
-        heads = state.waiting.heads_among(tenant, state.residency.extents)
-        sequence = next((seq for seq in heads if _is_admissible(state, seq)), None)
+        tag, tenant = heap[0]
+        sequence = None if tag > limit(tenant) else _next_admissible(state, tenant)
         if sequence is None:
             heappop(heap)
             continue
         if not _find_prompt_blocks(state, draft, sequence, num_kept_blocks):
             return
         state.admit(sequence)
-        heapreplace(heap, (shares.tag(tenant), tenant))
+        admitted_s[tenant] += state.prompt_price_s(sequence.prefill_target, sequence.num_computed)
+        heapreplace(heap, (state.shares.tag_after(tenant, admitted_s[tenant]), tenant))
         yield sequence
+
+
+def _admitted_price_s(state: SchedulerState) -> defaultdict[str, float]:
+    """By tenant, the price of the prompt tokens that are admitted and not computed."""
+    prices: defaultdict[str, float] = defaultdict(float)
+    for sequence in state.running:
+        if sequence.is_prefilling:
+            prices[sequence.spec.tenant] += state.prompt_price_s(
+                sequence.prefill_target, sequence.num_computed
+            )
+    return prices
+
+
+def _lead_limit(state: SchedulerState, iteration: int) -> Callable[[str], float]:
+    """By tenant, the tag beyond which its requests must wait for the finetuning of others.
+
+    Only finetuning that could run now holds anybody back.
+    """
+    trained = sorted((state.shares.tag(tenant), tenant) for tenant in runnable_tenants(state, iteration))[:2]
+
+    def limit(tenant: str) -> float:
+        others = (tag for tag, other in trained if other != tenant)
+        return next(others, inf) + MAX_LEAD_S
+
+    return limit
+
+
+def _next_admissible(state: SchedulerState, tenant: str) -> Sequence | None:
+    """The tenant's first admissible waiter that need not wait for what a running sequence is computing.
+
+    The others are set apart, so that siblings share a prompt's blocks instead of computing it once each.
+    """
+    passed: set[Sequence] = set()
+    while True:
+        for sequence in state.waiting.heads_among(tenant, state.residency.extents):
+            if sequence in passed or not _is_admissible(state, sequence):
+                continue
+            awaited = state.awaited_contents(sequence)
+            if awaited is None:
+                return sequence
+            passed.add(sequence)
+            if awaited != sequence.awaited:
+                state.waiting.set_apart(sequence, awaited)
+                break
+        else:
+            return None
 
 
 def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
@@ -111,11 +212,11 @@ def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
 def _find_prompt_blocks(
     state: SchedulerState, draft: PlanDraft, sequence: Sequence, num_kept_blocks: int
 ) -> bool:
-    """Whether blocks for all tokens of a sequence are free, and one to grow for each that runs; may drop
+    """Whether the blocks that a sequence cannot share are free, and one to grow for each that runs; may drop
     packs.
     """
     blocks = state.blocks
-    needed = state.limits.num_blocks_for(sequence.num_tokens) + len(state.running)
+    needed = state.num_blocks_to_find(sequence) + len(state.running)
     if blocks.num_free >= needed + num_kept_blocks:
         return True
     draft.is_short_of_blocks = True
@@ -158,11 +259,20 @@ def _find_block(state: SchedulerState, draft: PlanDraft, sequence: Sequence) -> 
             continue
         if is_alone:
             raise MemoryError(f"sequence {sequence.spec.sequence_id} needs more than all KV blocks")
-        victim = state.running[-1]
+        victim = _victim(state)
         state.preempt(victim, draft)
         if victim is sequence:
             return False
     return True
+
+
+def _victim(state: SchedulerState) -> Sequence:
+    """The youngest sequence of the tenant that holds the most blocks for its weight; not the first of all."""
+    held: Counter[str] = Counter()
+    for sequence in state.running[1:]:
+        held[sequence.spec.tenant] += len(sequence.block_ids)
+    tenant = max(held, key=lambda t: held[t] / state.shares.weight(t))
+    return _youngest(state, tenant) or state.running[-1]
 
 
 def _try_drop_pack(state: SchedulerState, draft: PlanDraft, *, spare_protected: bool) -> bool | None:

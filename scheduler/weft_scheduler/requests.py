@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from weft_scheduler.prefix import PrefixChain, PrefixSpec
+
 
 class RequestTooLarge(ValueError):
     """A request, pack or adapter that can never run here; the message gives the value and the limit."""
@@ -25,7 +27,7 @@ class RequestSpec:
     At most `max_new_tokens` tokens are generated; a token of `stop_token_ids` ends the sequence once
     `min_new_tokens` tokens (it included) have been generated. `adapter` is a digest, None is the base model;
     `adapter_elements` is 0 if its size is not known before it is fetched. Within a tenant, lower `priority`
-    goes first.
+    goes first. Without `prefix` the request neither reads the prefix cache nor adds to it.
     """
 
     sequence_id: str
@@ -37,6 +39,7 @@ class RequestSpec:
     adapter: str | None = None
     adapter_elements: int = 0
     priority: int = 0
+    prefix: PrefixSpec | None = None
 
 
 class SequenceStatus(Enum):
@@ -53,16 +56,20 @@ class Sequence:
 
     `num_computed` tokens have keys and values (counting plans in flight), `num_planned` tokens have been
     sampled by plans made, `num_generated` by plans committed. `last_planned` is the last iteration that it
-    took part in. `order` is unique and grows with arrival. Everything below `prefill_target` is computed as
-    prompt.
+    took part in. `arrived_s` is when it was asked for, `waiting_since_s` when it last began to wait. `order`
+    is unique and grows with arrival. Everything below `prefill_target` is computed as prompt.
+
+    `chain` names the blocks of the tokens known so far; the first `num_named` of its blocks have been entered
+    in the prefix cache, or found there. `awaited` is the contents that it waits for another sequence to
+    compute. `num_cached_tokens` of its prompt were found when it was first admitted.
     """
 
     spec: RequestSpec
     order: int
     max_new_tokens: int
     waiting_since_s: float
+    arrived_s: float
     status: SequenceStatus = SequenceStatus.WAITING
-    is_charged: bool = False
     num_generated: int = 0
     num_planned: int = 0
     num_computed: int = 0
@@ -71,6 +78,10 @@ class Sequence:
     last_planned: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_table: tuple[int, ...] = ()
+    chain: PrefixChain | None = None
+    num_named: int = 0
+    num_cached_tokens: int = 0
+    awaited: bytes | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -100,6 +111,7 @@ class Sequence:
     def restart(self) -> None:
         """Forget everything computed: keys and values of prompt and generated tokens are computed again."""
         self.num_computed = 0
+        self.num_named = 0
         self.adapter_slot = None
         self.block_ids = []
         self.block_table = ()
@@ -117,14 +129,15 @@ def sequence_key(sequence: Sequence) -> tuple[int, int]:
 
 
 class WaitingQueue:
-    """Waiting sequences by tenant and adapter, each queue ordered by (priority, arrival).
+    """Waiting sequences by tenant, adapter and awaited contents, each queue ordered by (priority, arrival).
 
     Only the heads of the queues are ever looked at, so that thousands of waiters of one adapter cost nothing.
+    Those that wait for contents queue apart, so that they hold up nobody else.
     """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._queues: dict[str, dict[str | None, list[Sequence]]] = {}
+        self._lanes: dict[str, dict[str | None, dict[bytes | None, list[Sequence]]]] = {}
         self._heads: dict[str, list[Sequence]] = {}
         self._tenants: dict[str | None, dict[str, None]] = {}
         self._num_waiting = 0
@@ -135,21 +148,23 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """All waiting sequences, in no particular order."""
-        for queues in self._queues.values():
-            for queue in queues.values():
-                yield from queue
+        for lanes_by_adapter in self._lanes.values():
+            for lanes in lanes_by_adapter.values():
+                for queue in lanes.values():
+                    yield from queue
 
     @property
     def tenants(self) -> list[str]:
         """Tenants with waiting sequences."""
-        return list(self._queues)
+        return list(self._lanes)
 
     def add(self, sequence: Sequence) -> bool:
         """Queue a sequence; returns whether its tenant had nothing waiting before."""
         tenant, adapter = sequence.spec.tenant, sequence.spec.adapter
-        is_new = tenant not in self._queues
+        is_new = tenant not in self._lanes
         heads = self._heads.setdefault(tenant, [])
-        queue = self._queues.setdefault(tenant, {}).setdefault(adapter, [])
+        lanes = self._lanes.setdefault(tenant, {}).setdefault(adapter, {})
+        queue = lanes.setdefault(sequence.awaited, [])
         former = queue[0] if queue else None
         insort(queue, sequence, key=sequence_key)
         if queue[0] is sequence:
@@ -167,7 +182,7 @@ class WaitingQueue:
             KeyError: it does not wait.
         """
         tenant, adapter = sequence.spec.tenant, sequence.spec.adapter
-        queue = self._queues[tenant][adapter]
+        queue = self._lanes[tenant][adapter][sequence.awaited]
         was_first = queue[0] is sequence
         _discard(queue, sequence)
         self._num_waiting -= 1
@@ -176,36 +191,55 @@ class WaitingQueue:
             if queue:
                 insort(self._heads[tenant], queue[0], key=sequence_key)
         if not queue:
-            self._forget_queue(tenant, adapter)
+            self._forget_lane(tenant, adapter, sequence.awaited)
+
+    def set_apart(self, sequence: Sequence, awaited: bytes) -> None:
+        """Let a waiting sequence wait for these contents, in a queue with the others that do."""
+        self.remove(sequence)
+        sequence.awaited = awaited
+        self.add(sequence)
 
     def heads(self, tenant: str) -> Collection[Sequence]:
-        """The first waiter of each of the tenant's adapters, first come first."""
+        """The first waiter of each of the tenant's queues, first come first."""
         return self._heads.get(tenant, ())
 
-    def heads_among(self, tenant: str, adapters: Collection[str]) -> Collection[Sequence]:
+    def heads_among(self, tenant: str, adapters: Collection[str]) -> list[Sequence]:
         """Those heads that want one of `adapters` or none; the cost is that of the smaller of the two."""
         heads = self.heads(tenant)
         if len(heads) <= len(adapters) + 1:
             return [seq for seq in heads if seq.spec.adapter is None or seq.spec.adapter in adapters]
-        queues = self._queues[tenant]
-        found = [queues[adapter][0] for adapter in (None, *adapters) if adapter in queues]
+        lanes = self._lanes[tenant]
+        found = [queue[0] for key in (None, *adapters) if key in lanes for queue in lanes[key].values()]
         return sorted(found, key=sequence_key)
 
-    def queues_of(self, adapter: str) -> list[list[Sequence]]:
-        """The waiters of one adapter: each tenant's, ordered."""
-        return [self._queues[tenant][adapter] for tenant in self._tenants.get(adapter, ())]
+    def firsts_of(self, adapter: str) -> list[tuple[Sequence, int]]:
+        """Of each tenant with waiters of an adapter, the first of them, and how many there are."""
+        found = []
+        for tenant in self._tenants.get(adapter, ()):
+            queues = self._lanes[tenant][adapter].values()
+            first = min((queue[0] for queue in queues), key=sequence_key)
+            found.append((first, sum(map(len, queues))))
+        return found
 
     def of_adapter(self, adapter: str) -> list[Sequence]:
         """All waiters of one adapter."""
-        return [sequence for queue in self.queues_of(adapter) for sequence in queue]
+        return [
+            sequence
+            for tenant in self._tenants.get(adapter, ())
+            for queue in self._lanes[tenant][adapter].values()
+            for sequence in queue
+        ]
 
-    def _forget_queue(self, tenant: str, adapter: str | None) -> None:
-        del self._queues[tenant][adapter]
-        del self._tenants[adapter][tenant]
+    def _forget_lane(self, tenant: str, adapter: str | None, awaited: bytes | None) -> None:
+        lanes_by_adapter = self._lanes[tenant]
+        del lanes_by_adapter[adapter][awaited]
+        if lanes_by_adapter[adapter]:
+            return
+        del lanes_by_adapter[adapter], self._tenants[adapter][tenant]
         if not self._tenants[adapter]:
             del self._tenants[adapter]
-        if not self._queues[tenant]:
-            del self._queues[tenant], self._heads[tenant]
+        if not lanes_by_adapter:
+            del self._lanes[tenant], self._heads[tenant]
 
 
 def _discard(ordered: list[Sequence], sequence: Sequence) -> None:

@@ -17,7 +17,7 @@ last plan that could read it has been committed.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -25,11 +25,12 @@ from weft_scheduler.adapter_policy import bring_adapters_nearer
 from weft_scheduler.budget import BudgetController, LatencyTargets
 from weft_scheduler.cost import CostModel
 from weft_scheduler.draft import InFlight, PlanDraft
-from weft_scheduler.inference_policy import plan_decodes, plan_prefills
+from weft_scheduler.inference_policy import make_room_for_the_overdue, plan_decodes, plan_prefills
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import MemoryPlan, StepPlan
-from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence
+from weft_scheduler.prefix import PrefixChain
+from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence, SequenceStatus
 from weft_scheduler.state import SchedulerState
 from weft_scheduler.training import PackSpec, PackStatus
 from weft_scheduler.training_policy import num_kept_blocks, plan_training, trickle_is_due
@@ -73,6 +74,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_packs_dropped = 0
         self._unreported = MemoryPlan()
+        self.service_s: defaultdict[str, float] = defaultdict(float)
+        """Seconds of iterations charged to each tenant so far, inference and finetuning together."""
         for tenant, weight in (tenant_weights or {}).items():
             self.set_weight(tenant, weight)
 
@@ -106,8 +109,16 @@ class Scheduler:
                 f"{spec.num_prompt_tokens} prompt tokens and up to {max_new_tokens} new ones need "
                 f"{num_cached} tokens of cache; there are {limits.capacity_tokens}: ask for fewer new tokens"
             )
+        if spec.prefix is not None and len(spec.prefix.token_ids) != spec.num_prompt_tokens:
+            raise ValueError(
+                f"{name}: prefix has {len(spec.prefix.token_ids)} token ids; "
+                f"give those of all {spec.num_prompt_tokens} prompt tokens"
+            )
         self._num_arrivals += 1
-        self._state.enqueue(Sequence(spec, self._num_arrivals, max_new_tokens, now))
+        sequence = Sequence(spec, self._num_arrivals, max_new_tokens, now, now)
+        if spec.prefix is not None:
+            sequence.chain = PrefixChain(spec.prefix.root, limits.block_size, spec.prefix.token_ids)
+        self._state.enqueue(sequence)
 
     def abort(self, sequence_id: str) -> bool:
         """Forget a request; returns False if it is not known (it may just have finished)."""
@@ -117,14 +128,22 @@ class Scheduler:
         self._state.retire(sequence)
         return True
 
+    def fail(self, sequence_id: str) -> bool:
+        """Forget a request whose keys and values may be wrong (NaN): as `abort`, and the prefix cache forgets
+        what it holds of its tokens. Call it before the plan that brought this to light is committed.
+        """
+        sequence = self._state.sequences.get(sequence_id)
+        if sequence is not None:
+            self._state.distrust(sequence)
+        return self.abort(sequence_id)
+
     def set_weight(self, tenant: str, weight: float) -> None:
-        """Give a tenant `weight` times the share of a tenant of weight 1, in inference and in finetuning.
+        """Give a tenant `weight` times the share of a tenant of weight 1.
 
         Raises:
             ValueError: the weight is not positive.
         """
-        self._state.inference_shares.set_weight(tenant, weight)
-        self._state.training_shares.set_weight(tenant, weight)
+        self._state.shares.set_weight(tenant, weight)
 
     # ------------------------------------------------------------ finetuning
 
@@ -154,10 +173,13 @@ class Scheduler:
             raise RequestTooLarge(
                 f"pack {spec.pack_id} has {spec.num_tokens} tokens; 1 to {self.limits.max_pack_tokens} fit"
             )
-        tenants = {job.tenant for job in self._state.training.jobs.values()}
+        job = self._state.training.jobs.get(spec.job_id)
+        tenant = None if job is None else job.tenant
         self._state.training.add_pack(spec, now)
-        if spec.tenant not in tenants:
-            self._state.training_shares.activate(spec.tenant)
+        if tenant != spec.tenant:
+            self._state.join(spec.tenant)
+            if tenant is not None:
+                self._state.leave(tenant)
 
     def step_ready(self, job_id: str, now: float) -> None:
         """All packs of the job's current step have been added: its optimizer step follows their backward.
@@ -174,6 +196,8 @@ class Scheduler:
         if removed is None:
             return False
         job, holders = removed
+        if job.tenant is not None:
+            self._state.leave(job.tenant)
         for pack in holders:
             self._state.blocks.free(pack.block_ids, pack.last_planned)
             pack.block_ids = ()
@@ -235,22 +259,26 @@ class Scheduler:
         state = self._state
         self._iteration += 1
         state.advance(self._committed_before(self._iteration))
-        state.inference_shares.advance(state.waiting.tenants)
-        state.training_shares.advance(job.tenant for job in state.training.jobs.values() if job.tenant)
+        state.shares.advance(state.active)
         draft = PlanDraft(self._iteration, now, self.limits, self.cost)
 
         bring_adapters_nearer(state, now)
+        make_room_for_the_overdue(state, draft)
         plan_decodes(state, draft)
         budget_s = self.budget.decode_budget_s if draft.num_decodes else self.budget.open_budget_s
         is_due = trickle_is_due(state)
         num_kept_tokens = self.limits.window_tokens if is_due else 0
         plan_prefills(state, draft, budget_s, num_kept_tokens, num_kept_blocks(state, now))
         left_s = min(budget_s, self.budget.decode_budget_s) if draft.forward else budget_s
-        plan_training(state, draft, left_s, is_due=is_due)
+        if is_due or not self.budget.wants_probe(draft.num_decodes, draft.num_prefill_tokens):
+            plan_training(state, draft, left_s, is_due=is_due)
+        if draft.is_empty:
+            plan_prefills(state, draft, budget_s, yields=False)
 
         made = self._finish(draft, budget_s)
         if not made.plan.is_empty:
             self._in_flight.append(made)
+            self._charge(made.charges, 1.0)
         return made.plan
 
     def _finish(self, draft: PlanDraft, budget_s: float) -> InFlight:
@@ -277,7 +305,6 @@ class Scheduler:
         Raises:
             ValueError: it is not the oldest plan in flight, or a token is missing; nothing has changed.
         """
-        del now  # part of the interface: every event carries its time
         if plan.is_empty:
             return []
         if not self._in_flight or self._in_flight[0].plan.iteration != plan.iteration:
@@ -286,19 +313,45 @@ class Scheduler:
         made = self._in_flight.popleft()
         self._state.advance(self._committed_before(self._iteration + 1))
         self.cost.observe(made.features, result.elapsed_s)
-        self.budget.observe(result.elapsed_s, made.num_decodes, has_training=made.has_training)
-        outcomes: list[Outcome] = [*self._commit_tokens(made, result), *self._commit_training(made)]
+        self.budget.observe(
+            result.elapsed_s,
+            made.num_decodes,
+            has_prefill=made.has_prefill,
+            has_training=made.has_training,
+        )
+        self._correct_charges(made, result.elapsed_s)
+        for sequence, num_tokens in made.written:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._state.written(sequence, num_tokens)
+        outcomes: list[Outcome] = [*self._commit_tokens(made, result, now), *self._commit_training(made)]
         return outcomes
 
-    def _commit_tokens(self, made: InFlight, result: StepResult) -> list[SequenceToken]:
+    def _correct_charges(self, made: InFlight, elapsed_s: float) -> None:
+        """Tenants were charged for the predicted time; from now on, for the time that it took."""
+        if made.plan.predicted_s <= 0.0 or elapsed_s <= 0.0:
+            return
+        self._charge(made.charges, elapsed_s / made.plan.predicted_s - 1.0)
+
+    def _charge(self, charges: Mapping[str, float], factor: float) -> None:
+        for tenant, charge_s in charges.items():
+            self._state.shares.charge(tenant, charge_s * factor)
+            self.service_s[tenant] += charge_s * factor
+
+    def _commit_tokens(self, made: InFlight, result: StepResult, now: float) -> list[SequenceToken]:
         tokens = []
         for sequence in made.sampled:
             if sequence.is_finished:
                 continue
             token_id = result.sampled[sequence.spec.sequence_id]
             sequence.num_generated += 1
+            if sequence.num_generated == 1:
+                self.budget.observe_first_token(now - sequence.arrived_s)
+            if sequence.chain is not None:
+                sequence.chain.append(token_id)
             reason = sequence.finish_reason(token_id)
-            tokens.append(SequenceToken(sequence.spec.sequence_id, token_id, reason))
+            tokens.append(
+                SequenceToken(sequence.spec.sequence_id, token_id, reason, sequence.num_cached_tokens)
+            )
             if reason is not None:
                 self._state.retire(sequence)
         return tokens
@@ -352,6 +405,16 @@ class Scheduler:
     def num_blocks_held(self) -> int:
         """KV blocks of running requests and packs."""
         return self._state.blocks.num_held
+
+    @property
+    def num_prefix_queries(self) -> int:
+        """Tokens of admitted requests that were looked for in the prefix cache."""
+        return self._state.num_prefix_queries
+
+    @property
+    def num_prefix_hits(self) -> int:
+        """Tokens of admitted requests that were found in the prefix cache."""
+        return self._state.num_prefix_hits
 
     @property
     def budget_s(self) -> float:

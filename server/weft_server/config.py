@@ -45,6 +45,7 @@ class Settings:
     max_num_seqs: int | None
     max_batch_tokens: int | None
     kv_cache_tokens: int | None
+    no_prefix_cache: bool
     adapter_arena_mb: int | None
     gpu_memory_utilization: float
     tpot_slo_ms: float | None
@@ -129,7 +130,7 @@ def _choice(*choices: str) -> Callable[[object], str]:
     return read
 
 
-def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[object], int]:
+def _integer(minimum: int, maximum: int) -> Callable[[object], int]:
     def read(value: object) -> int:
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,18}", value.strip()):
             value = int(value)
@@ -162,8 +163,16 @@ def _matching(pattern: str) -> Callable[[object], str]:
     return read
 
 
-_POSITIVE = "a whole number from 1"
+_MAX_INT = 2**31 - 1
+_MAX_SEQS = 65_536
+_MAX_BATCH_TOKENS = 1 << 22
 _SIZED = "default: sized from free memory and device"
+
+
+def _size(name: str, maximum: int, meaning: str) -> Option:
+    """A size that is chosen where it is not given; what this machine can hold is checked when it is known."""
+    return Option(name, None, _integer(1, maximum), f"1 to {maximum}", meaning)
+
 
 OPTIONS: tuple[Option, ...] = (
     Option("model", None, _text, "a directory, a hub id, or demo", "Hugging Face directory, hub id, or demo"),
@@ -208,11 +217,19 @@ OPTIONS: tuple[Option, ...] = (
         "CPU: do not expand quantized weights",
         is_switch=True,
     ),
-    Option("max_model_len", None, _integer(1), _POSITIVE, f"context in tokens; {_SIZED}"),
-    Option("max_num_seqs", None, _integer(1), _POSITIVE, f"sequences in flight; {_SIZED}"),
-    Option("max_batch_tokens", None, _integer(1), _POSITIVE, f"tokens of one iteration; {_SIZED}"),
-    Option("kv_cache_tokens", None, _integer(1), _POSITIVE, f"KV cache in tokens; {_SIZED}"),
-    Option("adapter_arena_mb", None, _integer(1), _POSITIVE, f"MiB for resident adapters; {_SIZED}"),
+    _size("max_model_len", _MAX_INT, f"context in tokens; {_SIZED}"),
+    _size("max_num_seqs", _MAX_SEQS, f"sequences in flight; {_SIZED}"),
+    _size("max_batch_tokens", _MAX_BATCH_TOKENS, f"tokens of one iteration; {_SIZED}"),
+    _size("kv_cache_tokens", _MAX_INT, f"KV cache in tokens; {_SIZED}"),
+    Option(
+        "no_prefix_cache",
+        False,
+        _switch,
+        "true or false",
+        "compute every prompt whole, even where its beginning is cached",
+        is_switch=True,
+    ),
+    _size("adapter_arena_mb", _MAX_INT, f"MiB for resident adapters; {_SIZED}"),
     Option(
         "gpu_memory_utilization",
         0.90,

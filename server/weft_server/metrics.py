@@ -47,6 +47,8 @@ _ENGINE_HELP = {
     "finetune_steps": "Optimizer steps finished.",
     "adapter_loads": "Adapters copied to the device arena.",
     "adapter_evictions": "Adapters evicted from the device arena.",
+    "prefix_cache_queries": "Tokens looked for in the prefix cache.",
+    "prefix_cache_hits": "Tokens found in the prefix cache.",
 }
 
 
@@ -83,6 +85,9 @@ class Metrics:
             _RATIO_BUCKETS,
         )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.", "tenant")
+        self._prompt_tokens_cached = self._counter(
+            "prompt_tokens_cached", "Prompt tokens that were in the prefix cache.", "tenant"
+        )
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.", "tenant")
         self._success = self._counter("request_success", "Finished choices.", "tenant", "finished_reason")
         self._failure = self._counter("request_failure", "Choices that failed.", "tenant", "code")
@@ -96,6 +101,10 @@ class Metrics:
         """Count one prompt that was sent to the engine."""
         self._prompt_tokens.labels(self._model_name, tenant).inc(num_tokens)
         self._prompt_size.observe(num_tokens)
+
+    def prompt_cached(self, tenant: str, num_tokens: int) -> None:
+        """Count the tokens of a request's prompts that were in the prefix cache."""
+        self._prompt_tokens_cached.labels(self._model_name, tenant).inc(num_tokens)
 
     def first_token(self, seconds: float) -> None:
         """Observe a choice's time to first token."""

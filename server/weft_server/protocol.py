@@ -203,7 +203,8 @@ class ChoiceDelta:
     """New tokens of one choice. `finish_reason` set means that this was the last delta.
 
     `stop` means that the last token of `token_ids` is one of the request's stop ids (it is included).
-    `prompt_logprobs` comes once, in the first delta: one entry per prompt token, the first None.
+    `prompt_logprobs` comes once, in the first delta: one entry per prompt token, the first None. So does
+    `num_cached_tokens`: how many of the prompt's tokens were in the prefix cache.
     """
 
     request_id: str
@@ -211,6 +212,7 @@ class ChoiceDelta:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,9 +113,22 @@ async def running_server(settings: Settings) -> AsyncIterator[tuple[RunningServe
         stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         with _exit_on_signals(stopped):
             async with _serving(services, engine, listener, stopped) as info:
+                warning = vocabulary_warning(services.tokenizer.vocab_size, info.vocab_size)
+                if warning is not None:
+                    log.warning("%s", warning)
                 host, port = listener.getsockname()[:2]
                 url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
                 yield RunningServer(url, services.models.base_name, info, services, engine), stopped
+
+
+def vocabulary_warning(num_tokenizer_ids: int, num_model_ids: int) -> str | None:
+    """What to say at start if the tokenizer may produce ids that the model has no embedding for."""
+    if num_tokenizer_ids <= num_model_ids:
+        return None
+    return (
+        f"the tokenizer knows {num_tokenizer_ids} tokens, the model {num_model_ids}: requests with one "
+        f"of the others are refused; resize the model's embeddings or remove the added tokens"
+    )
 
 
 def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, EngineClient]:
@@ -190,6 +203,7 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
             tpot_slo_ms=settings.tpot_slo_ms,
             ttft_slo_ms=settings.ttft_slo_ms,
             slo_percentile=settings.slo_percentile,
+            prefix_cache=not settings.no_prefix_cache,
             tenant_weights={tenant.name: tenant.weight for tenant in tenants.tenants},
             log_level=settings.log_level,
         ).to_json()

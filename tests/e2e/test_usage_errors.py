@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ def test_a_bad_flag_is_a_usage_error(flags: tuple[str, ...], named: str, helpers
 def test_a_bad_variable_is_a_usage_error(env: dict[str, str], named: str, helpers: Any) -> None:
     ended = helpers.run_weft("serve", "demo", env=env)
     assert (ended.returncode, named in ended.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("flag", ["--adapter-arena-mb", "--kv-cache-tokens"])
+def test_a_size_that_this_machine_cannot_hold_is_a_usage_error(
+    flag: str, data_flag: Any, plain_model: Any, helpers: Any
+) -> None:
+    ended = helpers.run_weft("serve", str(plain_model), "--port", "0", flag, "2000000000", *data_flag)
+    assert ended.returncode == 2, ended.stderr
+    assert f"{flag} is 2000000000" in ended.stderr
+    assert re.search(r"Allowed: \d+ to \d+", ended.stderr)
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_taken_port_is_a_failure_that_says_so(data_flag: Any, plain_model: Any, helpers: Any) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft_kernels.transfer import upload
+
 ALIGNMENT = 64
 """Every extent and every tensor inside it starts at a multiple of this many elements."""
 
@@ -197,10 +199,11 @@ class LoraTable:
             a_row[site], b_row[site] = base + e.a_offset, base + e.b_offset
             ranks[site], scales[site] = e.rank, e.scale
         shape = (self.num_layers, self.num_modules)
-        self.a_offsets[slot].copy_(torch.tensor(a_row, dtype=torch.int64).view(shape))
-        self.b_offsets[slot].copy_(torch.tensor(b_row, dtype=torch.int64).view(shape))
-        self.ranks[slot].copy_(torch.tensor(ranks, dtype=torch.int32).view(shape))
-        self.scales[slot].copy_(torch.tensor(scales, dtype=torch.float32).view(shape))
+        device = self.weights.device
+        self.a_offsets[slot].copy_(upload(a_row, torch.int64, device).view(shape))
+        self.b_offsets[slot].copy_(upload(b_row, torch.int64, device).view(shape))
+        self.ranks[slot].copy_(upload(ranks, torch.int32, device).view(shape))
+        self.scales[slot].copy_(upload(scales, torch.float32, device).view(shape))
         self.base[slot].fill_(base)
 
     def _check_slot(self, slot: int) -> None:

@@ -50,6 +50,7 @@ async def create_chat_completion(
         return await event_stream(request, _events(services.generation, generation, head, body))
     choices = await unless_disconnected(request, services.generation.collect(generation))
     num_tokens = sum(choice.num_tokens for choice in choices)
+    num_cached = generation.num_cached_tokens({choice.idx: choice.num_cached_tokens for choice in choices})
     return json_response(
         {
             **head,
@@ -62,7 +63,7 @@ async def create_chat_completion(
                 }
                 for choice in choices
             ],
-            "usage": usage(generation.num_prompt_tokens, num_tokens),
+            "usage": usage(generation.num_prompt_tokens, num_tokens, num_cached),
         }
     )
 
@@ -74,9 +75,12 @@ async def _events(
         head = {**head, "usage": None}
     started: set[int] = set()
     num_tokens = 0
+    cached: dict[int, int] = {}
     async with aclosing(service.stream(generation)) as outputs:
         async for output in outputs:
             num_tokens += output.num_tokens
+            if output.num_cached_tokens is not None:
+                cached[output.idx] = output.num_cached_tokens
             if output.idx not in started:
                 started.add(output.idx)
                 yield event({**head, "choices": [_chunk(output.idx, {"role": "assistant", "content": ""})]})
@@ -87,7 +91,9 @@ async def _events(
             if output.finish_reason is not None:
                 yield event({**head, "choices": [_chunk(output.idx, {}, output.finish_reason)]})
     if body.include_usage:
-        yield event({**head, "choices": [], "usage": usage(generation.num_prompt_tokens, num_tokens)})
+        num_cached = generation.num_cached_tokens(cached)
+        counts = usage(generation.num_prompt_tokens, num_tokens, num_cached)
+        yield event({**head, "choices": [], "usage": counts})
 
 
 def _chunk(

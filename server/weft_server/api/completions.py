@@ -49,6 +49,7 @@ async def create_completion(
         return await event_stream(request, _events(services.generation, generation, head, body))
     choices = await unless_disconnected(request, services.generation.collect(generation))
     num_tokens = sum(choice.num_tokens for choice in choices)
+    num_cached = generation.num_cached_tokens({choice.idx: choice.num_cached_tokens for choice in choices})
     return json_response(
         {
             **head,
@@ -56,7 +57,7 @@ async def create_completion(
                 _choice(choice.idx, choice.text, choice.tokens, choice.finish_reason, body)
                 for choice in choices
             ],
-            "usage": usage(generation.num_prompt_tokens, num_tokens),
+            "usage": usage(generation.num_prompt_tokens, num_tokens, num_cached),
         }
     )
 
@@ -67,14 +68,19 @@ async def _events(
     if body.include_usage:
         head = {**head, "usage": None}
     num_tokens = 0
+    cached: dict[int, int] = {}
     async with aclosing(service.stream(generation)) as outputs:
         async for output in outputs:
             num_tokens += output.num_tokens
+            if output.num_cached_tokens is not None:
+                cached[output.idx] = output.num_cached_tokens
             if output.text or output.tokens or output.finish_reason is not None:
                 choice = _choice(output.idx, output.text, output.tokens, output.finish_reason, body)
                 yield event({**head, "choices": [choice]})
     if body.include_usage:
-        yield event({**head, "choices": [], "usage": usage(generation.num_prompt_tokens, num_tokens)})
+        num_cached = generation.num_cached_tokens(cached)
+        counts = usage(generation.num_prompt_tokens, num_tokens, num_cached)
+        yield event({**head, "choices": [], "usage": counts})
 
 
 def _num_choices(body: CompletionRequest) -> int:

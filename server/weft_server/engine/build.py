@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -27,7 +28,8 @@ from weft_server.engine.engine import Engine
 from weft_server.engine.jobs import BaseFacts, BlobIO, JobManager
 from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
-from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes
+from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes, use_device
+from weft_server.errors import ConfigError
 from weft_server.model.config import ModelConfig
 from weft_server.model.decoder import Decoder
 from weft_server.model.fingerprint import base_fingerprint
@@ -54,12 +56,13 @@ class BuiltEngine:
 def build_engine(
     config: EngineConfig, blobs: BlobIO, *, record_plan: Callable[[list[str]], None] | None = None
 ) -> BuiltEngine:
-    """Load the base, size everything, calibrate, and wire.
+    """Load the base, size everything, calibrate, and wire; the calling thread must be the one that steps.
 
     Raises:
         WeftError: a bad model directory, or sizes that cannot be honoured.
     """
     device = choose_device(config.device)
+    use_device(device)
     dtype = choose_dtype(config.dtype, device)
     path = Path(config.model_dir)
     model = ModelConfig.from_directory(path)
@@ -103,22 +106,24 @@ def assemble_engine(
     sizes = sizes or choose_sizes(config, weights)
     limits, model, device = sizes.limits, weights.config, weights.device
     decoder = Decoder(weights, max_positions=limits.max_model_len)
-    cache = KvCache(
-        num_layers=model.num_layers,
-        num_blocks=limits.num_blocks,
-        block_size=limits.block_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=weights.dtype,
-        device=device,
-    )
-    arena = AdapterArena(
-        limits.arena_elements,
-        limits.num_adapter_slots,
-        model.num_layers,
-        dtype=weights.dtype,
-        device=device,
-    )
+    with _allocating("--kv-cache-tokens", limits.capacity_tokens):
+        cache = KvCache(
+            num_layers=model.num_layers,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=weights.dtype,
+            device=device,
+        )
+    with _allocating("--adapter-arena-mb", limits.arena_elements * weights.dtype.itemsize >> 20):
+        arena = AdapterArena(
+            limits.arena_elements,
+            limits.num_adapter_slots,
+            model.num_layers,
+            dtype=weights.dtype,
+            device=device,
+        )
     runner = Runner(
         decoder, cache, arena.table, max_num_seqs=limits.max_num_seqs, window_tokens=limits.window_tokens
     )
@@ -156,10 +161,22 @@ def assemble_engine(
         fetcher=fetcher,
         jobs=jobs,
         pipeline_depth=sizes.pipeline_depth,
+        prefix_cache=config.prefix_cache,
         record_plan=record_plan,
         clock=clock,
     )
     return BuiltEngine(engine, _announcement(weights, sizes, targets, base_fingerprint))
+
+
+@contextmanager
+def _allocating(flag: str, size: int) -> Iterator[None]:
+    """Free memory is no promise (fragments, limits of the process): say which size asked for too much."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"{flag} is {size}, and that much memory cannot be allocated; give a smaller {flag}. ({error})"
+        ) from error
 
 
 def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: float) -> LatencyTargets:

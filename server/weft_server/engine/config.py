@@ -36,6 +36,7 @@ class EngineConfig:
     tpot_slo_ms: float | None = None
     ttft_slo_ms: float | None = None
     slo_percentile: float = 95.0
+    prefix_cache: bool = True
     tenant_weights: dict[str, float] | None = None
     log_level: str = "info"
 

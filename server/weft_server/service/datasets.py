@@ -141,7 +141,7 @@ def tokenize_example(example: Example, tokenizer: Tokenizer) -> list[TokenizedEx
         case CompletionExample(line, prompt, completion):
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=True)
             ids = _continued(tokenizer, prompt, prompt_ids, completion, add_special_tokens=True)
-            num_context = _common_prefix(prompt_ids, ids)
+            num_context = _context(line, "prompt", prompt_ids, ids)
             return [_sequence(line, _with_end(ids, tokenizer), [(num_context, None)])]
         case TextExample(line, text):
             ids = tokenizer.encode(text, add_special_tokens=True)
@@ -182,7 +182,7 @@ def _tokenize_turn(example: ChatExample, turn: int, tokenizer: Tokenizer) -> tup
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     answer = full[len(prompt) :] if full.startswith(prompt) else content
     ids = _continued(tokenizer, prompt, prompt_ids, answer, add_special_tokens=False)
-    num_context = _common_prefix(prompt_ids, ids)
+    num_context = _context(example.line, f"text before messages[{turn}]", prompt_ids, ids)
     return ids[:num_context] + _cut_after_end(ids[num_context:], tokenizer), num_context
 
 
@@ -205,6 +205,20 @@ def _continued(
         if tokenizer.decode(ids, skip_special_tokens=False) == text:
             return ids
     return whole
+
+
+def _context(line: int, what: str, prompt_ids: Sequence[int], ids: Sequence[int]) -> int:
+    """How many of `ids` the prompt gives, at least one: serving refuses an empty prompt, and nothing could
+    predict the first token of the answer.
+    """
+    num_context = _common_prefix(prompt_ids, ids)
+    if num_context:
+        return num_context
+    if prompt_ids:
+        reason = "has no token that ends before the answer, so the answer's first token follows nothing"
+    else:
+        reason = "has no tokens, so the answer's first token follows nothing (requests are refused likewise)"
+    raise LineError(line, f"the {what} {reason}; give a longer prompt, or text to train on all of it.")
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -1,40 +1,34 @@
 """Use case: generate text. From a prompt or conversation to the engine's choices and back to text.
 
-Owns tokenization of prompts, the context limit, seeds, default lengths and the accounting of a request. Knows
-no wire format: the API hands it values and formats what it yields.
+Owns seeds, default lengths and the accounting of a request; its prompts are encoded by `service/prompts.py`.
+Knows no wire format: the API hands it values and formats what it yields.
 """
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
-from weft_server.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable, WeftError
+from weft_server.errors import InvalidRequest, Overloaded, Unavailable, WeftError
 from weft_server.metrics import Metrics
 from weft_server.protocol import ChoiceDelta, EngineReady, FinishReason, Generate
 from weft_server.service.choice import ChoiceOutput, ChoiceText, Echo, ScoredToken
 from weft_server.service.choice_timer import ChoiceTimer
-from weft_server.service.detokenizer import new_detokenizer
 from weft_server.service.engine_port import EnginePort
 from weft_server.service.merge import merge
 from weft_server.service.models import ModelService
+from weft_server.service.prompts import PromptEncoder, PromptInput, check_context
 from weft_server.service.sampling import GenerationDefaults, SamplingRequest, merge_sampling
 from weft_server.service.tokenizer import Tokenizer
-
-T = TypeVar("T")
-PromptInput: TypeAlias = str | Sequence[int]
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 2048
 MAX_OPEN_CHOICES = 8192
-
-_THREAD_THRESHOLD_CHARS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +58,29 @@ class Generation:
         """Tokens of all prompts, each counted once however many choices it has."""
         return sum(self.prompt_tokens)
 
+    def num_cached_tokens(self, by_choice: Mapping[int, int]) -> int:
+        """Tokens of all prompts that nobody had to compute, from what each choice found cached.
+
+        Choices of one prompt find what the first of them computed: that one counts.
+        """
+        num_choices = len(self.choices) // len(self.prompt_tokens)
+        fewest: dict[int, int] = {}
+        for idx, num_tokens in by_choice.items():
+            prompt_idx = idx // num_choices
+            fewest[prompt_idx] = min(num_tokens, fewest.get(prompt_idx, num_tokens))
+        return sum(fewest.values())
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedChoice:
-    """A whole choice."""
+    """A whole choice. `num_cached_tokens` of its prompt were cached."""
 
     idx: int
     text: str
     tokens: list[ScoredToken]
     num_tokens: int
     finish_reason: FinishReason
+    num_cached_tokens: int = 0
 
 
 class GenerationService:
@@ -100,6 +107,7 @@ class GenerationService:
         """
         self._engine = engine
         self._tokenizer = tokenizer
+        self._prompts = PromptEncoder(tokenizer)
         self._models = models
         self._defaults = defaults
         self._metrics = metrics
@@ -144,10 +152,16 @@ class GenerationService:
                 param="max_tokens",
                 code="invalid_value",
             )
-        for prompt_idx, prompt in enumerate(prompts):
-            encoded = await self._encode(prompt, info.vocab_size)
-            max_tokens = max(1, asked)
-            _check_context(len(encoded.ids), max_tokens, info.max_model_len, "prompt")
+        max_tokens = max(1, asked)
+        all_encoded = await self._prompts.encode(
+            tenant,
+            prompts,
+            num_new_tokens=max_tokens,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            with_echo=echo,
+        )
+        for prompt_idx, encoded in enumerate(all_encoded):
             params = merge_sampling(
                 sampling,
                 self._defaults,
@@ -193,21 +207,15 @@ class GenerationService:
         info = self._engine_info()
         _check_num_choices(1, num_choices)
         resolved = await self._models.resolve(tenant, model)
-        num_chars = sum(len(str(message.get("content"))) for message in messages)
-        ids = await _in_thread_if(
-            num_chars > _THREAD_THRESHOLD_CHARS,
-            lambda: self._tokenizer.encode_chat(messages, variables=template_variables),
+        ids = await self._prompts.encode_chat(
+            tenant, messages, max_model_len=info.max_model_len, template_variables=template_variables
         )
-        if not ids:
-            raise InvalidRequest(
-                "The messages render to an empty prompt.", param="messages", code="empty_prompt"
-            )
         room = info.max_model_len - len(ids)
         if sampling.max_tokens is None:
             max_tokens = max(1, min(room, self._defaults.max_new_tokens or room))
         else:
             max_tokens = sampling.max_tokens
-        _check_context(len(ids), max_tokens, info.max_model_len, "messages")
+        check_context(len(ids), max_tokens, info.max_model_len, "messages")
         params = merge_sampling(
             sampling,
             self._defaults,
@@ -243,25 +251,33 @@ class GenerationService:
         with self._open(generation.tenant, len(generation.choices)):
             for num_tokens in generation.prompt_tokens:
                 self._metrics.prompt_accepted(generation.tenant, num_tokens)
+            cached: dict[int, int] = {}
             async with aclosing(merge([self._run(choice) for choice in generation.choices])) as outputs:
-                async for output in outputs:
-                    yield output
+                try:
+                    async for output in outputs:
+                        if output.num_cached_tokens is not None:
+                            cached[output.idx] = output.num_cached_tokens
+                        yield output
+                finally:
+                    self._metrics.prompt_cached(generation.tenant, generation.num_cached_tokens(cached))
 
     async def collect(self, generation: Generation) -> list[FinishedChoice]:
         """Run to the end; the choices in order of their index. Raises as `stream`; cancelling it aborts."""
         texts: dict[int, list[str]] = {choice.idx: [] for choice in generation.choices}
         tokens: dict[int, list[ScoredToken]] = {choice.idx: [] for choice in generation.choices}
         num_tokens: Counter[int] = Counter()
+        cached: Counter[int] = Counter()
         reasons: dict[int, FinishReason] = {}
         async with aclosing(self.stream(generation)) as outputs:
             async for output in outputs:
                 texts[output.idx].append(output.text)
                 tokens[output.idx].extend(output.tokens)
                 num_tokens[output.idx] += output.num_tokens
+                cached[output.idx] += output.num_cached_tokens or 0
                 if output.finish_reason is not None:
                     reasons[output.idx] = output.finish_reason
         return [
-            FinishedChoice(idx, "".join(texts[idx]), tokens[idx], num_tokens[idx], reasons[idx])
+            FinishedChoice(idx, "".join(texts[idx]), tokens[idx], num_tokens[idx], reasons[idx], cached[idx])
             for idx in sorted(texts)
         ]
 
@@ -299,38 +315,6 @@ class GenerationService:
             raise
         finally:
             timer.aborted_unless_ended()
-
-    async def _encode(self, prompt: PromptInput, vocab_size: int) -> Echo:
-        if isinstance(prompt, str):
-            ids, starts = await _in_thread_if(
-                len(prompt) > _THREAD_THRESHOLD_CHARS, lambda: self._tokenizer.encode_with_offsets(prompt)
-            )
-            encoded = Echo(prompt, ids, starts)
-        else:
-            ids = list(prompt)
-            for token_id in ids:
-                if not 0 <= token_id < vocab_size:
-                    raise InvalidRequest(
-                        f"'prompt' has the token id {token_id}; this model's ids are 0 to {vocab_size - 1}.",
-                        param="prompt",
-                        code="invalid_value",
-                    )
-            encoded = self._decode_prompt(ids)
-        if not encoded.ids:
-            raise InvalidRequest("The prompt is empty.", param="prompt", code="empty_prompt")
-        return encoded
-
-    def _decode_prompt(self, ids: list[int]) -> Echo:
-        detokenizer = new_detokenizer(self._tokenizer)
-        parts: list[str] = []
-        starts: list[int] = []
-        num_chars = 0
-        for token_id in ids:
-            starts.append(num_chars)
-            parts.append(detokenizer.push(token_id))
-            num_chars += len(parts[-1])
-        parts.append(detokenizer.flush())
-        return Echo("".join(parts), ids, starts)
 
     def _seed(self, sampling: SamplingRequest) -> int:
         """The request's seed, or one for each prompt, so that equal prompts of a request may differ."""
@@ -371,19 +355,3 @@ def _check_num_choices(num_prompts: int, num_choices: int) -> None:
             param="n" if num_prompts == 1 else "prompt",
             code="too_many_choices",
         )
-
-
-def _check_context(num_prompt: int, max_tokens: int, max_model_len: int, param: str) -> None:
-    if num_prompt + max_tokens <= max_model_len:
-        return
-    raise ContextLengthExceeded(
-        f"This model's maximum context length is {max_model_len} tokens. However, you requested "
-        f"{num_prompt + max_tokens} tokens ({num_prompt} in the {param}, {max_tokens} in the completion). "
-        f"Reduce the length of the {param} or of the completion.",
-        param=param,
-    )
-
-
-async def _in_thread_if(is_long: bool, work: Callable[[], T]) -> T:
-    """Long texts take milliseconds to encode, in code that releases the interpreter lock."""
-    return await asyncio.to_thread(work) if is_long else work()

@@ -131,20 +131,20 @@ def merge_sampling(
         logit_bias=dict(request.logit_bias),
         seed=seed,
         min_tokens=request.min_tokens,
-        stop_token_ids=_stop_ids(request, tokenizer),
+        stop_token_ids=_stop_ids(request, tokenizer, vocab_size),
         logprobs=request.logprobs,
         prompt_logprobs=prompt_logprobs,
     )
 
 
-def _stop_ids(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _stop_ids(request: SamplingRequest, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """End-of-sequence ids, the request's, and those of stop strings that are special tokens (which show no
-    text).
+    text); without those of the tokenizer that the model cannot produce.
     """
     eos = () if request.ignore_eos else tokenizer.stop_ids
     special = [tokenizer.token_to_id(stop) for stop in request.stop]
     ids = (*eos, *request.stop_token_ids, *(idx for idx in special if idx in tokenizer.special_ids))
-    return tuple(dict.fromkeys(idx for idx in ids if idx is not None))
+    return tuple(dict.fromkeys(idx for idx in ids if idx is not None and idx < vocab_size))
 
 
 def _check_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:

@@ -114,8 +114,7 @@ class WindowedBackward:
             slots.append(placement.block_table[tokens // block_size] * block_size + tokens % block_size)
             row += end - first
         device = self._decoder.device
-        empty = torch.empty(0, dtype=torch.int64, device=device)
-        attention = AttentionBatch(0, empty.view(0, 0), empty, [chunk.chunk for _, chunk in chunks])
+        attention = AttentionBatch((), [chunk.chunk for _, chunk in chunks])
         batch = TokenBatch(
             positions=torch.cat([p.pack.positions[first:end] for p, first, end in spans]),
             slot_mapping=torch.cat(slots),

@@ -1,21 +1,24 @@
 """A finetune job in the engine: its data order, its adapter's training state, and its optimizer steps.
 
 A step is a set of examples fixed before any packing. The job makes the step's packs, the engine runs them,
-and `finish_step` updates the adapter once every pack's gradient has been added.
+`issue_update` updates the adapter once every pack's gradient has been added, and `finish_step` reports it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from weft_kernels.transfer import download
 from weft_server.adapters.packed import PackedAdapter
 from weft_server.protocol import JobSpec
 from weft_server.training.data import Dataset, Example, examples_of_step
-from weft_server.training.optimizer import FlatAdamW, NonFiniteGradient
+from weft_server.training.optimizer import FlatAdamW
 from weft_server.training.pack import Pack, make_pack, plan_packs
 
 
@@ -38,6 +41,14 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class _IssuedUpdate:
+    """`on_host`: summed loss of each example, then gradient norm and number of right tokens, on their way."""
+
+    on_host: Tensor
+    learning_rate: float
 
 
 class FinetuneJob:
@@ -74,6 +85,7 @@ class FinetuneJob:
         self._max_pack_tokens = max_pack_tokens
         self._clock = clock
         self._packs: list[Pack] = []
+        self._update: _IssuedUpdate | None = None
         self._step_started = clock()
 
     @property
@@ -87,7 +99,7 @@ class FinetuneJob:
         return self.num_steps_done >= self.spec.total_steps
 
     def start_step(self) -> Sequence[Pack]:
-        """The packs of the next step; all of them must be run before `finish_step`."""
+        """The packs of the next step; all of them must be run before `issue_update`."""
         step, spec = self.num_steps_done, self.spec
         examples: list[Example] = [
             self._dataset[idx]
@@ -110,50 +122,61 @@ class FinetuneJob:
         self._step_started = self._clock()
         return self._packs
 
+    def issue_update(self) -> None:
+        """Issue the optimizer step on the gradients of all packs; waits for nothing. `finish_step` reads what
+        came of it.
+
+        A loss or gradient that is not finite leaves the adapter as it was after the previous step.
+        """
+        losses = torch.cat([pack.loss_by_example() for pack in self._packs])
+        num_targets = sum(pack.num_targets for pack in self._packs)
+        update = self.optimizer.step(self.num_steps_done, num_targets, torch.isfinite(losses).all())
+        correct = sum(
+            (pack.correct.sum() for pack in self._packs if pack.correct is not None),
+            start=torch.zeros((), dtype=torch.int64, device=losses.device),
+        )
+        scalars = torch.stack((update.grad_norm.to(losses.dtype), correct.to(losses.dtype)))
+        self._update = _IssuedUpdate(download(torch.cat((losses, scalars))), update.learning_rate)
+
     def finish_step(self) -> StepReport:
-        """Check the step's losses, update the adapter, and report.
+        """Check the step's losses and gradient, and report; only after the event of the iteration that
+        issued the update has passed.
 
         Raises:
-            JobError: a loss or the gradient is NaN or infinite; the adapter is as it was after the previous
-            step.
+            JobError: a loss or the gradient is NaN or infinite.
+            RuntimeError: no update was issued.
         """
-        loss = self._summed_loss()
+        if self._update is None:
+            raise RuntimeError(f"job {self.job_id} has issued no update")
+        update, self._update = self._update, None
+        *losses, grad_norm, correct = update.on_host.tolist()
+        self._check(losses, grad_norm)
         num_targets = sum(pack.num_targets for pack in self._packs)
         num_tokens = sum(pack.num_tokens for pack in self._packs)
-        correct = sum(int(pack.correct.sum()) for pack in self._packs if pack.correct is not None)
-        try:
-            update = self.optimizer.step(self.num_steps_done, num_targets)
-        except NonFiniteGradient as error:
-            raise JobError(
-                "non_finite_gradient",
-                f"{error} at step {self.num_steps_done + 1}; lower the learning rate or inspect the step's "
-                f"examples (lines {_lines(self._packs)})",
-            ) from error
         self.num_steps_done += 1
         self.trained_tokens += num_tokens
         self._packs = []
         return StepReport(
             step=self.num_steps_done,
-            loss=loss / max(1, num_targets),
+            loss=sum(losses) / max(1, num_targets),
             token_accuracy=correct / max(1, num_targets),
             learning_rate=update.learning_rate,
-            grad_norm=update.grad_norm,
+            grad_norm=grad_norm,
             tokens_per_second=num_tokens / max(1e-9, self._clock() - self._step_started),
         )
 
-    def _summed_loss(self) -> float:
-        total = 0.0
-        for pack in self._packs:
-            for line, loss in zip(pack.lines, pack.loss_by_example(), strict=True):
-                if not abs(loss) < float("inf"):
-                    raise JobError(
-                        "non_finite_loss",
-                        f"loss is {loss} at step {self.num_steps_done + 1}, example on line {line}; "
-                        f"lower the learning rate or inspect the example",
-                    )
-                total += loss
-        return total
-
-
-def _lines(packs: Sequence[Pack]) -> str:
-    return ", ".join(str(line) for pack in packs for line in pack.lines)
+    def _check(self, losses: Sequence[float], grad_norm: float) -> None:
+        lines = [line for pack in self._packs for line in pack.lines]
+        for line, loss in zip(lines, losses, strict=True):
+            if not math.isfinite(loss):
+                raise JobError(
+                    "non_finite_loss",
+                    f"loss is {loss} at step {self.num_steps_done + 1}, example on line {line}; "
+                    f"lower the learning rate or inspect the example",
+                )
+        if not math.isfinite(grad_norm):
+            raise JobError(
+                "non_finite_gradient",
+                f"gradient norm {grad_norm} at step {self.num_steps_done + 1}; lower the learning rate or "
+                f"inspect the step's examples (lines {', '.join(map(str, lines))})",
+            )

@@ -81,9 +81,9 @@ class ScriptedEngine:
         self.__init__(self._tokenizer)  # type: ignore[misc]
 
     def say(
-        self, request: protocol.Generate, text: str, *, end: bool = True
+        self, request: protocol.Generate, text: str, *, end: bool = True, num_cached: int = 0
     ) -> list[protocol.ChoiceDelta | WeftError | None]:
-        """One delta per token of `text`, obeying `max_tokens` and the stop ids."""
+        """One delta per token of `text`, obeying `max_tokens` and the stop ids; `num_cached` in the first."""
         ids = self._tokenizer.encode(text, add_special_tokens=False) + ([EOS] if end else [])
         sampling = request.sampling
         deltas: list[protocol.ChoiceDelta | WeftError | None] = []
@@ -97,7 +97,10 @@ class ScriptedEngine:
             if count == 1 and sampling.prompt_logprobs is not None:
                 prompt = [None, *(self._score(t, sampling.prompt_logprobs) for t in request.prompt[1:])]
             scored = None if sampling.logprobs is None else [self._score(token_id, sampling.logprobs)]
-            deltas.append(protocol.ChoiceDelta(request.request_id, [token_id], scored, reason, prompt))
+            cached = num_cached if count == 1 else None
+            deltas.append(
+                protocol.ChoiceDelta(request.request_id, [token_id], scored, reason, prompt, cached)
+            )
             if reason is not None:
                 return deltas
         return [*deltas, None]

@@ -228,3 +228,25 @@ def test_a_job_cancelled_while_its_adapter_is_stored_is_stopped_and_nothing_else
     store.gate.set()
     h.run()
     assert isinstance(h.ended("job"), JobStopped)
+
+
+def test_the_flight_record_names_everything_in_flight_and_about_to_be(harness, make):
+    h = harness(pipeline_depth=1)
+    h.generate("short", make.prompt(5), max_tokens=1)
+    h.step()
+    assert h.records[-1] == ["short"]
+    h.generate("next", make.prompt(6), max_tokens=1)
+    h.step()
+    assert h.records[-1] == ["next", "short"], "the plan before may still be running"
+    h.generate("last", make.prompt(7), max_tokens=1)
+    h.step()
+    assert h.records[-1] == ["last", "next"]
+    h.run()
+
+
+def test_without_a_pipeline_the_flight_record_names_the_plan_alone(harness, make):
+    h = harness()
+    for name in ("first", "second"):
+        h.generate(name, make.prompt(5), max_tokens=1)
+        h.run()
+        assert h.records[-1] == [name]

@@ -194,3 +194,22 @@ class TestSampling:
                 prompt_logprobs=None,
             )
         assert caught.value.param == "min_tokens"
+
+    def test_an_end_token_that_the_model_cannot_produce_is_no_stop_token(self, byte_level: Tokenizer) -> None:
+        end, *_ = byte_level.stop_ids
+
+        def stop_ids(vocab_size: int) -> tuple[int, ...]:
+            params = merge_sampling(
+                SamplingRequest(stop_token_ids=(1,)),
+                GenerationDefaults(),
+                byte_level,
+                max_tokens=4,
+                vocab_size=vocab_size,
+                seed=0,
+                prompt_logprobs=None,
+            )
+            return params.stop_token_ids
+
+        assert end in stop_ids(end + 1)
+        assert end not in stop_ids(end)
+        assert 1 in stop_ids(end)

@@ -270,12 +270,11 @@ class Bench:
                 dtype=self.dtype,
                 device=CPU,
             )
-            empty = torch.empty(0, dtype=torch.int64)
             chunk = make_chunk(0, length, 0, length, torch.arange(num_blocks), BLOCK_SIZE)
             batch = TokenBatch(
                 positions=torch.arange(length),
                 slot_mapping=torch.arange(length),
-                attention=AttentionBatch(0, empty.view(0, 0), empty, [chunk]),
+                attention=AttentionBatch((), [chunk]),
                 lora=LoraBatch.build([(slot, 0, length)], CPU),
             )
             hidden = self.decoder.embed(example.tokens)

@@ -145,12 +145,16 @@ def _scale_dropped(patch):
 
 def _loss_divided_by_all_tokens(patch):
     step = FlatAdamW.step
-    patch.setattr(FlatAdamW, "step", lambda self, number, _num_targets: step(self, number, sum(LENGTHS)))
+    patch.setattr(
+        FlatAdamW, "step", lambda self, number, _num_targets, valid: step(self, number, sum(LENGTHS), valid)
+    )
 
 
 def _loss_averaged_over_packs(patch):
     step = FlatAdamW.step
-    patch.setattr(FlatAdamW, "step", lambda self, number, num_targets: step(self, number, num_targets * 2))
+    patch.setattr(
+        FlatAdamW, "step", lambda self, number, num_targets, valid: step(self, number, num_targets * 2, valid)
+    )
 
 
 def _attention_across_examples(patch):
