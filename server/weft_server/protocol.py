@@ -1,9 +1,8 @@
 """The typed messages between the API process and the engine process.
 
-Standard-library dataclasses alone, so that both sides import it without msgspec, sockets or torch; the
-transport (`service/engine_client.py`, `engine/process.py`) encodes them as tagged MessagePack and stamps each
-with the engine's epoch. The engine knows tokens, adapters and jobs by id; names, text and HTTP stay in the
-API process.
+Standard-library dataclasses alone, so that both sides import it without msgspec, sockets or torch;
+`transport.py` encodes them as tagged MessagePack and stamps each with the engine's epoch. The engine knows
+tokens, adapters and jobs by id; names, text and HTTP stay in the API process.
 
 Everything durable is referred to by blob id: whoever writes a blob has made it durable before its id is sent.
 """

@@ -17,8 +17,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import TypeAlias
 
 import zmq
 
@@ -33,6 +35,8 @@ from weft_server.store.opening import open_blobs
 from weft_server.transport import decode, encode
 
 log = logging.getLogger(__name__)
+
+Build: TypeAlias = Callable[[EngineConfig, BlobIO, FlightRecorder], BuiltEngine]
 
 _HEARTBEAT_S = 0.5
 _IDLE_POLL_S = 0.5
@@ -58,8 +62,12 @@ class _Sender:
             self._socket.close(linger=2000)
 
 
-def main() -> int:
-    """Entry point; returns the exit status."""
+def _build(config: EngineConfig, blobs: BlobIO, recorder: FlightRecorder) -> BuiltEngine:
+    return build_engine(config, blobs, record_plan=recorder.record)
+
+
+def main(build: Build = _build) -> int:
+    """Entry point; returns the exit status. `build` makes the engine that is run."""
     config = EngineConfig.from_json(sys.stdin.readline())
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -73,18 +81,22 @@ def main() -> int:
     sender = _Sender(context, config.send_address, config.epoch)
     try:
         with open_blobs(config.store_url, Path(config.data_dir)) as store:
-            return _serve(config, BlobIO(read=store.read_bytes, put=store.put), context, sender)
+            return _serve(config, build, BlobIO(read=store.read_bytes, put=store.put), context, sender)
     finally:
         sender.close()
         context.term()  # the receiver closes its socket when it hears of this
 
 
 def _serve(
-    config: EngineConfig, blobs: BlobIO, context: zmq.Context[zmq.Socket[bytes]], sender: _Sender
+    config: EngineConfig,
+    build: Build,
+    blobs: BlobIO,
+    context: zmq.Context[zmq.Socket[bytes]],
+    sender: _Sender,
 ) -> int:
     try:
         recorder = FlightRecorder(Path(config.flight_record))
-        built = build_engine(config, blobs, record_plan=recorder.record)
+        built = build(config, blobs, recorder)
     except WeftError as error:
         sender.send(EngineFailed(error.message, error.code or "engine_start_failed"))
         return 1
