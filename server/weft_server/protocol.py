@@ -313,7 +313,8 @@ class JobStopped:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Sent at least once a second, also while a long iteration runs; the engine's gauges and counters.
+    """Sent at least once a second, also while a long iteration runs (but not while one hangs): the engine's
+    gauges and counters.
 
     `gauges` and `counters` are keyed by metric name without prefix (`num_requests_running`,
     `finetune_tokens`, …); counters are cumulative within the engine's epoch. `iterations` are (seconds,

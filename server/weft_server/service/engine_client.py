@@ -352,12 +352,18 @@ class EngineClient:
             stream.queue.put_nowait(EngineCrashed("the engine crashed each time it computed this request"))
 
     async def _watch(self, process: EngineProcess) -> None:
-        """Kill an engine whose heartbeat has stopped: a hung one is as good as dead."""
+        """Kill an engine whose heartbeat has stopped, or that does not get ready: it is as good as dead."""
+        launch = self._launch
         while True:
             await asyncio.sleep(1.0)
-            silence = time.monotonic() - process.last_heard
-            if process.ready.is_set() and silence > self._launch.silence_timeout_s:
-                log.error("engine %d has been silent for %.0f s; killing it", process.epoch, silence)
+            silence_s = time.monotonic() - process.last_heard
+            if process.ready.is_set():
+                limit_s, what = launch.silence_timeout_s, f"has been silent for {silence_s:.0f} s"
+            else:
+                limit_s, what = launch.start_timeout_s, f"was not ready after {silence_s:.0f} s"
+            if silence_s > limit_s:
+                log.error("engine %d %s; killing it", process.epoch, what)
+                self._start_error = self._start_error or EngineStartFailed(f"the engine {what}")
                 process.process.kill()
                 return
 

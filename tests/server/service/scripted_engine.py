@@ -99,6 +99,6 @@ def _build(_config: EngineConfig, _blobs: BlobIO, recorder: FlightRecorder) -> B
 
 
 if __name__ == "__main__":
-    status = main(_build)
+    status = main(_build, stuck_after_s=1.0)
     sys.stdout.flush()
     os._exit(status)

@@ -15,12 +15,12 @@ import pytest
 from weft_server import protocol
 from weft_server.engine.config import EngineConfig
 from weft_server.errors import EngineCrashed
-from weft_server.service.engine_client import EngineClient
+from weft_server.service.engine_client import EngineClient, EngineStartFailed
 from weft_server.service.engine_port import JobMessage
 from weft_server.service.engine_process import EngineLaunch
 
 SCRIPT = Path(__file__).with_name("scripted_engine.py")
-GOOD, POISON = 1, 666
+GOOD, POISON, HANG = 1, 666, 777
 
 
 @dataclass
@@ -121,5 +121,30 @@ def test_a_poisonous_job_fails_and_those_beside_it_do_not(tmp_path: Path, run: A
                 await asyncio.sleep(0.01)
             assert jobs.ended == {"a": "succeeded", "b": "succeeded", "poison": "guilty"}
             assert jobs.epoch == 3
+
+    run(work())
+
+
+def test_an_iteration_that_never_ends_is_as_deadly_as_a_crash(tmp_path: Path, run: Any) -> None:
+    async def work() -> None:
+        async with running(tmp_path, silence_timeout_s=2.0) as (client, jobs):
+            await client.wait_ready()
+            good, hang = await asyncio.gather(
+                tokens(client, "good", GOOD), tokens(client, "hang", HANG), return_exceptions=True
+            )
+            assert good == list(range(60))
+            assert isinstance(hang, EngineCrashed)
+            assert jobs.epoch == 3
+            assert await tokens(client, "later", GOOD) == list(range(60))
+
+    run(work())
+
+
+def test_an_engine_that_does_not_get_ready_is_given_up(tmp_path: Path, run: Any) -> None:
+    async def work() -> None:
+        command = (sys.executable, "-c", "import time; time.sleep(60)")
+        async with running(tmp_path, command=command, start_timeout_s=0.5) as (client, _):
+            with pytest.raises(EngineStartFailed, match="was not ready after"):
+                await client.wait_ready()
 
     run(work())
