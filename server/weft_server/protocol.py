@@ -1,9 +1,8 @@
 """The typed messages between the API process and the engine process.
 
-Standard-library dataclasses alone, so that both sides import it without msgspec, sockets or torch; the
-transport (`service/engine_client.py`, `engine/process.py`) encodes them as tagged MessagePack and stamps each
-with the engine's epoch. The engine knows tokens, adapters and jobs by id; names, text and HTTP stay in the
-API process.
+Standard-library dataclasses alone, so that both sides import it without msgspec, sockets or torch;
+`transport.py` encodes them as tagged MessagePack and stamps each with the engine's epoch. The engine knows
+tokens, adapters and jobs by id; names, text and HTTP stay in the API process.
 
 Everything durable is referred to by blob id: whoever writes a blob has made it durable before its id is sent.
 """
@@ -339,7 +338,8 @@ class TenantQueue:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Sent at least once a second, also while a long iteration runs; the engine's gauges and counters.
+    """Sent at least once a second, also while a long iteration runs (but not while one hangs): the engine's
+    gauges and counters.
 
     `gauges` and `counters` are keyed by metric name without prefix (`num_requests_running`,
     `finetune_tokens`, …); counters are cumulative within the engine's epoch. `iterations` are (seconds,

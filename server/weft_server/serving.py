@@ -29,7 +29,8 @@ from weft_server.model.hub import resolve_model
 from weft_server.protocol import EngineReady
 from weft_server.service.adapters import AdapterService
 from weft_server.service.admission import QueueLimits
-from weft_server.service.engine_client import EngineClient, EngineLaunch
+from weft_server.service.engine_client import EngineClient
+from weft_server.service.engine_process import EngineLaunch
 from weft_server.service.files import FileService
 from weft_server.service.generation import GenerationService
 from weft_server.service.jobs import JobService

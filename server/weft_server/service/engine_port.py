@@ -88,6 +88,7 @@ class EnginePort(Protocol):
     def subscribe_restarts(self, handler: RestartHandler) -> None:
         """Call `handler` each time a new engine is ready (the first included), before anything is sent to it.
 
-        The handler receives the ids of the jobs that were in the plan when the previous engine died (empty at
-        first).
+        The handler receives the ids of the jobs that were found to kill engines since the last call: they
+        must not be started again. Other jobs that were in a fatal plan may be; `start_job` holds them back
+        until it is their turn.
         """

@@ -17,17 +17,12 @@ _DEADLINE_GRACE_S = 1.0
 
 @dataclass(slots=True)
 class OpenStream:
-    """The request as first sent, what came back, and how often it was in a fatal plan.
-
-    `deadline_s` is on this process's monotonic clock.
-    """
+    """The request as first sent, and what came back. `deadline_s` is on this process's monotonic clock."""
 
     request: Generate
     queue: asyncio.Queue[ChoiceDelta | WeftError]
     deadline_s: float | None
     sent: list[int] = field(default_factory=list)
-    deaths: int = 0
-    resubmissions: int = 0
 
     @classmethod
     def begin(cls, request: Generate) -> OpenStream:

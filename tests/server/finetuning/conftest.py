@@ -114,10 +114,10 @@ class ScriptedEngine:
             for handler in self._job_handlers:
                 await handler(message)
 
-    async def restart(self, *suspects: str) -> None:
+    async def restart(self, *guilty: str) -> None:
         self.ready = True
         for handler in self._restart_handlers:
-            await handler(set(suspects))
+            await handler(set(guilty))
 
     def run_of(self, job_id: str) -> protocol.StartJob:
         """The latest start of a job."""
