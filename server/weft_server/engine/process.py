@@ -109,6 +109,7 @@ def _loop(
             if isinstance(message, Shutdown):
                 for last in engine.shut_down():
                     sender.send(last)
+                engine.close()
                 return
             engine.handle(message)
         for answer in engine.step():
