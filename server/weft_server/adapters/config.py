@@ -19,7 +19,7 @@ from weft_server.adapters.patterns import PathPattern, PatternError, StepBudget
 ALL_LINEAR = "all-linear"
 _MAX_SCALE = 3.0e38
 _MAX_PATTERNS = 4096
-_MAX_MATCH_STEPS = 3_000_000
+_MAX_MATCH_STEPS = 1_000_000
 
 ResolvedModules: TypeAlias = Mapping[tuple[int, str], "ResolvedModule"]
 

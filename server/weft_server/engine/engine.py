@@ -219,15 +219,14 @@ class Engine:
         return self._num_checking > 0 or self._pager.is_busy or self._jobs.is_busy
 
     def shut_down(self) -> list[FromEngine]:
-        """Commit what is in flight, checkpoint running jobs, stop the threads."""
+        """Commit what is in flight and checkpoint running jobs. The messages are to be sent before `close`,
+        which may have to wait for a thread that waits for the store."""
         while self._in_flight:
             self._commit(self._in_flight.popleft())
-        messages = self._take_outbox() + self._jobs.checkpoint_all()
-        self.close()
-        return messages
+        return self._take_outbox() + self._jobs.checkpoint_all()
 
     def close(self) -> None:
-        """Stop all threads without saving anything."""
+        """Stop all threads without saving anything; blocks until they have done what they had begun."""
         self._jobs.close()
         self._fetcher.close()
 

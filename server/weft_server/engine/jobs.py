@@ -184,7 +184,6 @@ class JobManager:
             self._remove(job)
             return [JobFailed(job_id, job.lease_epoch, outcome.code, outcome.message)]
         self.num_steps += 1
-        self._pager.refresh(job.adapter_key, job.optimizer.master.data)
         report = outcome
         messages: list[FromEngine] = [
             JobProgress(
@@ -201,8 +200,10 @@ class JobManager:
             )
         ]
         if job.is_finished:
+            # Its place in the arena is about to be somebody else's: nothing may be written there any more.
             self._publish(job)
         else:
+            self._pager.refresh(job.adapter_key, job.optimizer.master)
             if job.spec.checkpoint_every and job.num_steps_done % job.spec.checkpoint_every == 0:
                 self._save_checkpoint(job)
             self._start_step(job, now)

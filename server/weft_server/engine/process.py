@@ -147,6 +147,7 @@ def _loop(
     # Not watched: saving may take long, and the API process has a limit of its own for it.
     for last in engine.shut_down():
         sender.send(last)
+    engine.close()
 
 
 def _take(inbox: SimpleQueue[ToEngine], engine: Engine) -> list[ToEngine]:

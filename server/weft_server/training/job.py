@@ -17,7 +17,7 @@ from torch import Tensor
 from weft_kernels.transfer import download
 from weft_server.adapters.packed import PackedAdapter
 from weft_server.protocol import JobSpec
-from weft_server.training.data import Dataset, Example, examples_of_step
+from weft_server.training.data import Dataset, Example, ExampleOrder
 from weft_server.training.optimizer import FlatAdamW
 from weft_server.training.pack import Pack, make_pack, plan_packs
 
@@ -83,6 +83,7 @@ class FinetuneJob:
         self._restored: Mapping[str, Tensor] | None = None
         self._dtype = dtype
         self._dataset = dataset
+        self._order = ExampleOrder(len(dataset), spec.batch_size, spec.seed)
         self._device = device
         self._max_pack_tokens = max_pack_tokens
         self._clock = clock
@@ -146,10 +147,7 @@ class FinetuneJob:
     def start_step(self) -> Sequence[Pack]:
         """The packs of the next step; all of them must be run before `issue_update`."""
         step, spec = self.num_steps_done, self.spec
-        examples: list[Example] = [
-            self._dataset[idx]
-            for idx in examples_of_step(len(self._dataset), spec.batch_size, spec.seed, step)
-        ]
+        examples: list[Example] = [self._dataset[idx] for idx in self._order.of_step(step)]
         self._packs = [
             make_pack(
                 f"{self.job_id}/{step}/{pack_idx}",
