@@ -99,8 +99,9 @@ def test_an_unknown_purpose_is_refused_with_the_allowed_ones(live: Any) -> None:
         (
             {"purpose": "fine-tune", "expires_after[seconds]": "3600"},
             "expires_after[seconds]",
-            "unknown_parameter",
+            "unsupported_parameter",
         ),
+        ({"purpose": "fine-tune", "mood": "glad"}, "mood", "unknown_parameter"),
     ],
 )
 def test_missing_and_unknown_form_fields_are_named(
