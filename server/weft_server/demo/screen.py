@@ -108,7 +108,8 @@ def _job_panel(job: Job, colour: str) -> Panel:
     lines.append(bar)
     lines.append(
         Text(
-            f"step {job.step}/{job.total_steps or '?'}   loss {_loss_of(job)}   {job.tokens_per_second:.0f} tok/s"
+            f"step {job.step}/{job.total_steps or '?'}   loss {_loss_of(job)}   "
+            f"{job.tokens_per_second:.0f} tok/s"
         )
     )
     lines.append(Text(sparkline(job.losses, 44), style=colour))
@@ -162,7 +163,7 @@ def _seconds_of(job: Job) -> str:
 def _latency_table(state: DemoState) -> Table:
     table = Table(title="Generation of the two published adapters", box=SIMPLE_HEAD, title_justify="left")
     for name in ("", "p50 ms/token", "p95 ms/token", "generated tok/s", "trained tok/s"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for name, phase, trained in (
         ("alone", state.alone, 0),
         ("while two jobs train", state.beside_training, state.num_trained_tokens),
