@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from weft_server.protocol import Tier
@@ -157,30 +157,42 @@ class CompletionRequest(SamplingFields):
         return list(self.prompt)
 
 
+def _only_empty(value: Any) -> None:
+    if value not in (None, [], {}, ""):
+        raise PydanticCustomError(
+            "unsupported_parameter",
+            "It would change the result, and Weft does not implement it; leave it out",
+        )
+
+
+_Unused = Annotated[None, BeforeValidator(_only_empty)]
+
+
 class ChatMessage(BaseModel):
     """A message. What an earlier answer's message carries besides its content is accepted when empty."""
 
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
+    tool_calls: _Unused = None
+    tool_call_id: _Unused = None
+    function_call: _Unused = None
+    refusal: _Unused = None
+    audio: _Unused = None
+    annotations: _Unused = None
+    reasoning_content: _Unused = None
     content: str
     name: str | None = None
 
-    @model_validator(mode="before")
+    @field_validator("role", mode="before")
     @classmethod
-    def _drop_empty(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        idle = (
-            "refusal",
-            "audio",
-            "function_call",
-            "tool_calls",
-            "annotations",
-            "tool_call_id",
-            "reasoning_content",
-        )
-        return {key: entry for key, entry in value.items() if not (key in idle and entry in (None, [], ""))}
+    def _refuse_tools(cls, value: Any) -> Any:
+        if value in ("tool", "function"):
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "Weft does not implement tools; the roles are system, developer, user and assistant",
+            )
+        return value
 
     @field_validator("content", mode="before")
     @classmethod
