@@ -47,13 +47,15 @@ class LoraBatch:
         self.num_rows = len(index)
         self.max_row = max(index)
         self.tile_rows = _tile_rows(max(end - start for _, start, end in segments))
-        if device.type == "cuda":
-            packed = upload_indices(index + self._table_values(), device)
-            self.token_idx = packed[: self.num_rows]
-            self._tables: tuple[Tensor, Tensor] | None = self._split_tables(packed[self.num_rows :])
-        else:
+        if device.type == "cpu":
             self.token_idx = upload_indices(index, device)
-            self._tables = None
+            self._tables: tuple[Tensor, Tensor] | None = None
+        else:
+            first = _padded(len(index))
+            values = index + [0] * (first - len(index)) + self._table_values()
+            packed = upload_indices(values, device)
+            self.token_idx = packed[: self.num_rows]
+            self._tables = self._split_tables(packed[first:])
         self.rows: tuple[slice | Tensor, ...] = tuple(
             slice(*runs_by_slot[slot][0]) if len(runs_by_slot[slot]) == 1 else self.token_idx[start:end]
             for slot, start, end in self.segments
@@ -102,18 +104,26 @@ class LoraBatch:
         return self._grad_pointers[1]
 
     def _table_values(self) -> list[int]:
+        """Tiles, padding, segments: see `_padded`."""
         values: list[int] = []
         for slot, start, end in self.segments:
             for tile in range(start, end, self.tile_rows):
                 values += (slot, tile, min(self.tile_rows, end - tile))
+        values += [0] * (_padded(len(values)) - len(values))
         for slot, start, end in self.segments:
             values += (slot, start, end - start)
         return values
 
     def _split_tables(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        rows = values.view(-1, 3)
-        num_tiles = rows.shape[0] - len(self.segments)
-        return rows[:num_tiles], rows[num_tiles:]
+        num_tiles = sum(-(-(end - start) // self.tile_rows) for _, start, end in self.segments)
+        tiles, segments = values[: 3 * num_tiles], values[_padded(3 * num_tiles) :]
+        return tiles.view(-1, 3), segments.view(-1, 3)
+
+
+def _padded(num_values: int) -> int:
+    """The length that keeps what follows on a 16-byte boundary. Triton compiles a kernel anew for pointers of
+    another alignment, which would stop a serving engine for seconds."""
+    return -(-num_values // 2) * 2
 
 
 def _tile_rows(longest: int) -> int:

@@ -30,6 +30,7 @@ from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
 from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes, use_device
 from weft_server.errors import ConfigError
+from weft_server.engine.warmup import warm_up
 from weft_server.model.config import ModelConfig
 from weft_server.model.decoder import Decoder
 from weft_server.model.fingerprint import base_fingerprint
@@ -127,7 +128,8 @@ def assemble_engine(
     runner = Runner(
         decoder, cache, arena.table, max_num_seqs=limits.max_num_seqs, window_tokens=limits.window_tokens
     )
-    calibration = calibrate(runner, limits)
+    warm_up(decoder, arena)
+    calibration = calibrate(runner, limits, arena, model.module_shapes)
     targets = _targets(config, device, calibration.unloaded_decode_s)
     cost = CostModel()
     cost.calibrate(calibration.samples)

@@ -104,7 +104,6 @@ class JobManager:
         self._packs: dict[str, set[str]] = {}
         self.active: dict[str, FinetuneJob] = {}
         self.num_steps = 0
-        self.num_trained_tokens = 0
 
     # ------------------------------------------------------------ from the API process
 
@@ -264,7 +263,6 @@ class JobManager:
         self._packs[job.job_id] = {pack.pack_id for pack in packs}
         for pack in packs:
             self._runner.add_pack(pack)
-            self.num_trained_tokens += pack.num_tokens
             self._scheduler.add_pack(
                 PackSpec(
                     pack_id=pack.pack_id,

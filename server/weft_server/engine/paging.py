@@ -75,10 +75,6 @@ class AdapterPager:
         as long as its job lives."""
         self._arena.write(self._slots[key], weights)
 
-    def slot_of(self, key: str) -> int | None:
-        """The arena slot that holds an adapter now."""
-        return self._slots.get(key)
-
     def carry_out(self, memory: MemoryPlan) -> None:
         """Start a plan's memory actions; none of them is waited for."""
         for digest, slot in memory.adapter_evictions:

@@ -39,7 +39,6 @@ class _Window:
     spans: tuple[tuple[PackPlacement, int, int], ...]
     chunks: tuple[tuple[PackPlacement, PackChunk], ...]
     batch: TokenBatch
-    num_rows: int
 
 
 class WindowedBackward:
@@ -122,7 +121,7 @@ class WindowedBackward:
             lora=LoraBatch.build(lora_runs, device),
             dropout=training_dropout([(p.pack, first, end) for p, first, end in spans], 0, row, device),
         )
-        return _Window(tuple(spans), tuple(chunks), batch, row)
+        return _Window(tuple(spans), tuple(chunks), batch)
 
     def _chunk_keys(self, prepared: _Window, layer: int) -> list[ChunkKeys]:
         shape = (self._decoder.config.num_kv_heads, self._decoder.config.head_dim)
