@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _MAX_DEATHS = 5
 _DEATH_WINDOW_S = 300.0
+_RESPAWN_DELAY_S = 1.0
 _DRAIN_TIMEOUT_S = 2.0
 _RETRY_AFTER_S = 2.0
 _CLEARING_TOKENS = 8
@@ -112,7 +113,7 @@ class EngineClient:
         self._deaths: deque[float] = deque()
         self._epoch = 0
         self._stopping = False
-        self._given_up = False
+        self._given_up: str | None = None
         self._start_error: WeftError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._info: protocol.EngineReady | None = None
@@ -131,11 +132,8 @@ class EngineClient:
         """One sentence for `/ready`; None when ready."""
         if self.ready:
             return None
-        if self._given_up:
-            return (
-                f"the engine died {_MAX_DEATHS} times within {_DEATH_WINDOW_S:.0f} s; "
-                "see the log and restart the server"
-            )
+        if self._given_up is not None:
+            return self._given_up
         return (
             "the engine is loading the base model"
             if self._epoch <= 1
@@ -256,7 +254,7 @@ class EngineClient:
         self._restart_handlers.append(handler)
 
     def _require_alive(self) -> None:
-        if self._given_up or self._stopping:
+        if self._given_up is not None or self._stopping:
             raise Unavailable(self.why_not_ready or "the server is stopping", retry_after_s=_RETRY_AFTER_S)
 
     def _require_ready(self) -> None:
@@ -273,36 +271,92 @@ class EngineClient:
     # ------------------------------------------------------------ supervision
 
     async def _supervise(self) -> None:
-        while not self._stopping:
-            self._epoch += 1
+        try:
+            while not self._stopping and self._given_up is None:
+                await self._run_engine()
+        except Exception as error:
+            log.exception("supervising the engine failed")
+            self._give_up(f"the engine's supervision failed: {type(error).__name__}: {error}")
+            if self._current is not None:
+                await self._current.kill()
+
+    async def _run_engine(self) -> None:
+        """One engine, from its start to its burial."""
+        self._epoch += 1
+        try:
             process = await spawn(self._launch, self._context, Path(self._socket_dir.name), self._epoch)
-            self._current = process
-            receiver = asyncio.create_task(self._receive(process))
-            watcher = asyncio.create_task(self._watch(process))
-            await process.process.wait()
+        except (OSError, zmq.ZMQError) as error:
+            await self._could_not_spawn(error)
+            return
+        self._current = process
+        await self._accompany(process)
+        if self._stopping:
+            return
+        if self._info is None:
+            status = process.process.returncode
+            self._give_up(f"the engine process ended with status {status} before it was ready")
+            return
+        self._current = None
+        self._bury(process)
+
+    async def _accompany(self, process: EngineProcess) -> None:
+        """Listen and watch until the process has ended and what it had sent is taken."""
+        receiver = asyncio.create_task(self._receive(process))
+        watcher = asyncio.create_task(self._watch(process))
+        ended = asyncio.create_task(process.process.wait())
+        try:
+            await asyncio.wait({receiver, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                log.error("engine %d cannot be listened to; killing it", process.epoch)
+                await process.kill()
             process.ready.clear()
-            # What the engine had sent before it died is still in the socket.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.drained(), 1.0)
-            receiver.cancel()
-            watcher.cancel()
-            await asyncio.gather(receiver, watcher, return_exceptions=True)
-            if self._is_stopping():
-                return
-            if self._info is None:
-                self._start_error = self._start_error or EngineStartFailed(
-                    f"the engine process ended with status {process.process.returncode} before it was ready"
-                )
-                self._first_ready.set()
-                self._given_up = True
-                return
-            self._current = None
-            self._bury(process)
-            if self._given_up:
-                return
+        finally:
+            for task in (receiver, watcher, ended):
+                task.cancel()
+            results = await asyncio.gather(receiver, watcher, ended, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                log.error("accompanying engine %d failed", process.epoch, exc_info=result)
 
-    def _is_stopping(self) -> bool:
-        return self._stopping
+    async def _could_not_spawn(self, error: OSError | zmq.ZMQError) -> None:
+        """Fatal for the first engine; a later one is tried again like one that died at once."""
+        reason = f"the engine process cannot be started: {error}"
+        log.error("%s", reason)
+        if self._info is None:
+            self._give_up(reason)
+            return
+        self._count_death()
+        await asyncio.sleep(_RESPAWN_DELAY_S)
+
+    def _give_up(self, reason: str) -> None:
+        """No further engine is started: fail what waits for one."""
+        log.critical("giving up: %s", reason)
+        self._given_up = reason
+        self._start_error = self._start_error or EngineStartFailed(reason)
+        self._first_ready.set()
+        self._fail_checks()
+        for stream in self._streams.values():
+            stream.queue.put_nowait(Unavailable(reason, retry_after_s=_RETRY_AFTER_S))
+
+    def _count_death(self) -> None:
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths[0] < now - _DEATH_WINDOW_S:
+            self._deaths.popleft()
+        if len(self._deaths) >= _MAX_DEATHS:
+            self._give_up(
+                f"the engine died {_MAX_DEATHS} times within {_DEATH_WINDOW_S:.0f} s; "
+                "see the log and restart the server"
+            )
+
+    def _fail_checks(self) -> None:
+        for future in self._checks.values():
+            if not future.done():
+                future.set_exception(
+                    Unavailable("the engine restarted; try again", retry_after_s=_RETRY_AFTER_S)
+                )
 
     def _bury(self, process: EngineProcess) -> None:
         """Count a death, and settle what cannot go on."""
@@ -317,20 +371,8 @@ class EngineClient:
             len(planned),
         )
         self._convict(planned)
-        for future in self._checks.values():
-            if not future.done():
-                future.set_exception(
-                    Unavailable("the engine restarted; try again", retry_after_s=_RETRY_AFTER_S)
-                )
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths and self._deaths[0] < now - _DEATH_WINDOW_S:
-            self._deaths.popleft()
-        if len(self._deaths) >= _MAX_DEATHS:
-            self._given_up = True
-            log.critical("the engine died %d times within %.0f s; giving up", _MAX_DEATHS, _DEATH_WINDOW_S)
-            for stream in self._streams.values():
-                stream.queue.put_nowait(Unavailable(self.why_not_ready or "", retry_after_s=_RETRY_AFTER_S))
+        self._fail_checks()
+        self._count_death()
 
     def _convict(self, planned: Set[str]) -> None:
         """Suspect what was in the fatal plan, requests first; fail what is known to kill the engine."""
