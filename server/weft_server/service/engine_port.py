@@ -38,10 +38,6 @@ class EnginePort(Protocol):
         """What the engine announced when it last became ready; None before the first time."""
 
     @property
-    def heartbeat(self) -> protocol.Heartbeat | None:
-        """The latest heartbeat; None before the first."""
-
-    @property
     def why_not_ready(self) -> str | None:
         """One sentence for `/ready`; None when ready."""
 

@@ -15,9 +15,10 @@ import pytest
 from weft_server import protocol
 from weft_server.engine.config import EngineConfig
 from weft_server.errors import EngineCrashed, Unavailable
-from weft_server.service.engine_client import EngineClient, EngineObserver, EngineStartFailed
+from weft_server.service.engine_client import EngineClient, EngineObserver
 from weft_server.service.engine_port import JobMessage
 from weft_server.service.engine_process import EngineLaunch
+from weft_server.service.engine_supervisor import EngineStartFailed
 
 SCRIPT = Path(__file__).with_name("scripted_engine.py")
 GOOD, POISON, HANG = 1, 666, 777
