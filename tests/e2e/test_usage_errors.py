@@ -90,3 +90,13 @@ def test_what_is_no_model_is_refused_with_its_path(
     assert named in ended.stderr
     assert str(model) in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_an_engine_that_cannot_be_started_is_a_failure_that_says_so(
+    tmp_path: Path, plain_model: Any, helpers: Any
+) -> None:
+    (tmp_path / "run").write_text("a file where a folder must be")
+    result = helpers.run_weft("serve", str(plain_model), "--port", "0", "--data-dir", str(tmp_path))
+    assert result.returncode == 1
+    assert "weft: the engine process cannot be started:" in result.stderr
+    assert str(tmp_path / "run") in result.stderr

@@ -29,8 +29,8 @@ from weft_server.engine.jobs import BaseFacts, BlobIO, JobManager
 from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
 from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes, use_device
-from weft_server.errors import ConfigError
 from weft_server.engine.warmup import warm_up
+from weft_server.errors import ConfigError
 from weft_server.model.config import ModelConfig
 from weft_server.model.decoder import Decoder
 from weft_server.model.fingerprint import base_fingerprint

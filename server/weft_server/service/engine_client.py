@@ -1,10 +1,9 @@
-"""The API process's side of the engine: starts it, watches it, restarts it, and hides a restart from those it
-can.
+"""The API process's side of the engine: generations, checks and jobs over whichever engine runs now.
 
-Implements `EnginePort` over two ZeroMQ sockets per engine process. When an engine dies, open generations are
-submitted once more to its successor with the tokens already sent as their prefix. Who was in the fatal plan
-comes back on trial (`suspects.py`), and what is found to kill engines fails alone. Jobs are the job
-service's: it hears of every restart before anything is sent.
+Implements `EnginePort` and hides a restart from those it can: open generations are submitted once more to the
+next engine with the tokens already sent as their prefix. Who was in a fatal plan comes back on trial
+(`suspects.py`), and what is found to kill engines fails alone. Jobs are the job service's: it hears of every
+restart before anything is sent. Processes are `engine_supervisor.py`'s.
 """
 
 from __future__ import annotations
@@ -12,20 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Set
-from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
 import zmq
-import zmq.asyncio
 
 from weft_server import protocol
 from weft_server.errors import (
-    ConfigError,
     DeadlineExceeded,
     EngineCrashed,
     Internal,
@@ -33,20 +27,15 @@ from weft_server.errors import (
     Unavailable,
     WeftError,
 )
-from weft_server.flight_recorder import read_flight_record
 from weft_server.protocol import FromEngine, ToEngine
 from weft_server.service.engine_port import JobHandler, JobMessage, RestartHandler
-from weft_server.service.engine_process import EngineLaunch, EngineProcess, spawn
+from weft_server.service.engine_process import EngineLaunch
+from weft_server.service.engine_supervisor import RETRY_AFTER_S, EngineSupervisor
 from weft_server.service.open_stream import OpenStream
 from weft_server.service.suspects import Suspects
-from weft_server.transport import decode
 
 log = logging.getLogger(__name__)
 
-_MAX_DEATHS = 5
-_DEATH_WINDOW_S = 300.0
-_DRAIN_TIMEOUT_S = 2.0
-_RETRY_AFTER_S = 2.0
 _CLEARING_TOKENS = 8
 """So many tokens behind those it had at a death, more than an engine has under way, a request is cleared."""
 
@@ -64,14 +53,8 @@ class EngineObserver(Protocol):
         """A heartbeat arrived."""
 
 
-class EngineStartFailed(WeftError):
-    """The first engine could not start; the program ends with its message."""
-
-    default_code = "engine_start_failed"
-
-
 class EngineClient:
-    """Owns the engine process. Create in a running event loop, then `start`; `stop` at the end."""
+    """Create in a running event loop, then `start`; `stop` at the end."""
 
     def __init__(
         self,
@@ -79,13 +62,10 @@ class EngineClient:
         *,
         observer: EngineObserver | None = None,
     ) -> None:
-        self._launch = launch
         self._observer = observer
-        self._context = zmq.asyncio.Context()
-        # Not below the data directory: a socket's path may have 107 bytes at most.
-        self._socket_dir = tempfile.TemporaryDirectory(prefix="weft-")
-        self._current: EngineProcess | None = None
+        self._supervisor = EngineSupervisor(launch, self)
         self._streams: dict[str, OpenStream] = {}
+        self._heartbeat: protocol.Heartbeat | None = None
         self._checks: dict[str, asyncio.Future[protocol.AdapterChecked]] = {}
         self._job_handlers: list[JobHandler] = []
         self._restart_handlers: list[RestartHandler] = []
@@ -96,43 +76,24 @@ class EngineClient:
         self._held_jobs: dict[str, protocol.StartJob] = {}
         self._guilty_jobs: set[str] = set()
         self._sending: set[asyncio.Future[None]] = set()
-        self._deaths: deque[float] = deque()
-        self._epoch = 0
-        self._stopping = False
-        self._given_up = False
-        self._start_error: WeftError | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._info: protocol.EngineReady | None = None
-        self._heartbeat: protocol.Heartbeat | None = None
-        self._first_ready = asyncio.Event()
+        self._deliverer: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------ state
 
     @property
     def ready(self) -> bool:
         """Whether an engine is up and can serve."""
-        return self._current is not None and self._current.ready.is_set()
+        return self._supervisor.ready
 
     @property
     def why_not_ready(self) -> str | None:
         """One sentence for `/ready`; None when ready."""
-        if self.ready:
-            return None
-        if self._given_up:
-            return (
-                f"the engine died {_MAX_DEATHS} times within {_DEATH_WINDOW_S:.0f} s; "
-                "see the log and restart the server"
-            )
-        return (
-            "the engine is loading the base model"
-            if self._epoch <= 1
-            else "the engine is restarting after a crash"
-        )
+        return self._supervisor.why_not_ready
 
     @property
     def info(self) -> protocol.EngineReady | None:
         """What the engine announced when it last became ready."""
-        return self._info
+        return self._supervisor.info
 
     @property
     def heartbeat(self) -> protocol.Heartbeat | None:
@@ -143,10 +104,8 @@ class EngineClient:
 
     async def start(self) -> None:
         """Start the engine and its supervision; returns at once (see `wait_ready`)."""
-        self._tasks = [
-            asyncio.create_task(self._supervise()),
-            asyncio.create_task(self._deliver_job_messages()),
-        ]
+        self._deliverer = asyncio.create_task(self._deliver_job_messages())
+        self._supervisor.start()
 
     async def wait_ready(self) -> protocol.EngineReady:
         """Wait for the first engine.
@@ -154,28 +113,17 @@ class EngineClient:
         Raises:
             EngineStartFailed: it could not start; the message says why.
         """
-        await self._first_ready.wait()
-        if self._info is None:
-            raise self._start_error or EngineStartFailed("the engine did not start")
-        return self._info
+        return await self._supervisor.wait_ready()
 
     async def stop(self) -> None:
         """Ask the engine to checkpoint its jobs and exit; kill it if it takes too long, or has none yet."""
-        self._stopping = True
-        process = self._current
-        if process is not None and process.process.returncode is None:
-            await process.end()
-            # The supervisor takes what the engine had sent last: the checkpoints of its jobs.
-            await asyncio.wait(self._tasks[:1], timeout=_DRAIN_TIMEOUT_S)
+        await self._supervisor.end_engine()
         while not self._job_messages.empty():
             await asyncio.sleep(0.01)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if process is not None:
-            process.close()
-        self._context.term()
-        self._socket_dir.cleanup()
+        if self._deliverer is not None:
+            self._deliverer.cancel()
+            await asyncio.gather(self._deliverer, return_exceptions=True)
+        await self._supervisor.aclose()
 
     # ------------------------------------------------------------ EnginePort
 
@@ -186,7 +134,7 @@ class EngineClient:
         self._streams[request.request_id] = stream
         try:
             if self.ready:
-                await self._send(request)
+                await self._supervisor.send(request)
             while True:
                 item = await stream.next(lambda: self.ready)
                 if isinstance(item, WeftError):
@@ -198,7 +146,7 @@ class EngineClient:
             self._suspects.forget(request.request_id)
             if self._streams.pop(request.request_id, None) is not None and self.ready:
                 with contextlib.suppress(WeftError, zmq.ZMQError):
-                    await self._send(protocol.Abort(request.request_id))
+                    await self._supervisor.send(protocol.Abort(request.request_id))
 
     async def check_adapter(self, config_blob: str, weights_blob: str) -> protocol.AdapterChecked:
         """Validate uploaded blobs; see `EnginePort.check_adapter`."""
@@ -207,7 +155,7 @@ class EngineClient:
         future: asyncio.Future[protocol.AdapterChecked] = asyncio.get_running_loop().create_future()
         self._checks[check_id] = future
         try:
-            await self._send(protocol.CheckAdapter(check_id, config_blob, weights_blob))
+            await self._supervisor.send(protocol.CheckAdapter(check_id, config_blob, weights_blob))
             return await future
         finally:
             self._checks.pop(check_id, None)
@@ -219,13 +167,13 @@ class EngineClient:
         if self._suspects.must_wait(message.job_id):
             self._held_jobs[message.job_id] = message
         else:
-            await self._send(message)
+            await self._supervisor.send(message)
 
     async def cancel_job(self, job_id: str) -> None:
         """Stop a job; an engine that is away has none."""
         self._forget_job(job_id)
         if self.ready:
-            await self._send(protocol.CancelJob(job_id))
+            await self._supervisor.send(protocol.CancelJob(job_id))
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         """See `EnginePort.set_tenant_weights`; an engine that starts later is told at its start."""
@@ -237,7 +185,7 @@ class EngineClient:
 
     def _tell(self, message: ToEngine) -> None:
         if self.ready:
-            self._sending.add(task := asyncio.ensure_future(self._send(message)))
+            self._sending.add(task := asyncio.ensure_future(self._supervisor.send(message)))
             task.add_done_callback(self._sending.discard)
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
@@ -249,81 +197,56 @@ class EngineClient:
         self._restart_handlers.append(handler)
 
     def _require_alive(self) -> None:
-        if self._given_up or self._stopping:
-            raise Unavailable(self.why_not_ready or "the server is stopping", retry_after_s=_RETRY_AFTER_S)
+        if self._supervisor.given_up is not None or self._supervisor.is_stopping:
+            raise Unavailable(self.why_not_ready or "the server is stopping", retry_after_s=RETRY_AFTER_S)
 
     def _require_ready(self) -> None:
         self._require_alive()
         if not self.ready:
-            raise Unavailable(self.why_not_ready or "the engine is away", retry_after_s=_RETRY_AFTER_S)
+            raise Unavailable(self.why_not_ready or "the engine is away", retry_after_s=RETRY_AFTER_S)
 
-    async def _send(self, message: ToEngine) -> None:
-        process = self._current
-        if process is None:
-            raise Unavailable("the engine is away", retry_after_s=_RETRY_AFTER_S)
-        await process.send(message)
+    # ------------------------------------------------------------ one engine after the other
 
-    # ------------------------------------------------------------ supervision
+    async def engine_became_ready(self) -> None:
+        """See `EngineUser`: interrupted work goes on."""
+        if self._observer is not None:
+            self._observer.engine_started()
+        # Whatever comes from now on sends itself.
+        interrupted = list(self._streams.values())
+        guilty, self._guilty_jobs = self._guilty_jobs, set()
+        for handler in self._restart_handlers:
+            try:
+                await handler(guilty)
+            except Exception:
+                log.exception("a restart handler failed")
+        for stream in interrupted:
+            request_id = stream.request.request_id
+            if request_id in self._streams and not self._suspects.must_wait(request_id):
+                await self._supervisor.send(stream.resubmission())
+        await self._admit_suspects()
 
-    async def _supervise(self) -> None:
-        while not self._stopping:
-            self._epoch += 1
-            process = await spawn(self._launch, self._context, Path(self._socket_dir.name), self._epoch)
-            self._current = process
-            receiver = asyncio.create_task(self._receive(process))
-            watcher = asyncio.create_task(self._watch(process))
-            await process.process.wait()
-            process.ready.clear()
-            # What the engine had sent before it died is still in the socket.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.drained(), 1.0)
-            receiver.cancel()
-            watcher.cancel()
-            await asyncio.gather(receiver, watcher, return_exceptions=True)
-            if self._is_stopping():
-                return
-            if self._info is None:
-                self._start_error = self._start_error or EngineStartFailed(
-                    f"the engine process ended with status {process.process.returncode} before it was ready"
-                )
-                self._first_ready.set()
-                self._given_up = True
-                return
-            self._current = None
-            self._bury(process)
-            if self._given_up:
-                return
-
-    def _is_stopping(self) -> bool:
-        return self._stopping
-
-    def _bury(self, process: EngineProcess) -> None:
-        """Count a death, and settle what cannot go on."""
-        process.close()
+    def engine_died(self, planned: set[str]) -> None:
+        """See `EngineUser`: settle what cannot go on."""
         if self._observer is not None:
             self._observer.engine_lost()
-        planned = read_flight_record(process.flight_record)
-        log.error(
-            "engine %d died (status %s); in its plan: %d",
-            process.epoch,
-            process.process.returncode,
-            len(planned),
-        )
         self._convict(planned)
+        self._fail_checks("the engine restarted; try again")
+
+    def engine_given_up(self, reason: str) -> None:
+        """See `EngineUser`: fail what waits."""
+        self._fail_checks(reason)
+        for stream in self._streams.values():
+            stream.queue.put_nowait(Unavailable(reason, retry_after_s=RETRY_AFTER_S))
+
+    async def engine_said(self, message: FromEngine) -> None:
+        """See `EngineUser`."""
+        self._dispatch(message)
+        await self._admit_suspects()
+
+    def _fail_checks(self, reason: str) -> None:
         for future in self._checks.values():
             if not future.done():
-                future.set_exception(
-                    Unavailable("the engine restarted; try again", retry_after_s=_RETRY_AFTER_S)
-                )
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths and self._deaths[0] < now - _DEATH_WINDOW_S:
-            self._deaths.popleft()
-        if len(self._deaths) >= _MAX_DEATHS:
-            self._given_up = True
-            log.critical("the engine died %d times within %.0f s; giving up", _MAX_DEATHS, _DEATH_WINDOW_S)
-            for stream in self._streams.values():
-                stream.queue.put_nowait(Unavailable(self.why_not_ready or "", retry_after_s=_RETRY_AFTER_S))
+                future.set_exception(Unavailable(reason, retry_after_s=RETRY_AFTER_S))
 
     def _convict(self, planned: Set[str]) -> None:
         """Suspect what was in the fatal plan, requests first; fail what is known to kill the engine."""
@@ -344,64 +267,16 @@ class EngineClient:
         else:
             stream.queue.put_nowait(EngineCrashed("the engine crashed each time it computed this request"))
 
-    async def _watch(self, process: EngineProcess) -> None:
-        """Kill an engine whose heartbeat has stopped, or that does not get ready: it is as good as dead."""
-        launch = self._launch
-        while True:
-            await asyncio.sleep(1.0)
-            silence_s = time.monotonic() - process.last_heard
-            if process.ready.is_set():
-                limit_s, what = launch.silence_timeout_s, f"has been silent for {silence_s:.0f} s"
-            else:
-                limit_s, what = launch.start_timeout_s, f"was not ready after {silence_s:.0f} s"
-            if silence_s > limit_s:
-                log.error("engine %d %s; killing it", process.epoch, what)
-                self._start_error = self._start_error or EngineStartFailed(f"the engine {what}")
-                process.process.kill()
-                return
-
-    # ------------------------------------------------------------ messages
-
-    async def _receive(self, process: EngineProcess) -> None:
-        while True:
-            epoch, message = decode(await process.from_engine.recv_multipart())
-            process.last_heard = time.monotonic()
-            if epoch != process.epoch:
-                continue
-            if isinstance(message, protocol.EngineReady):
-                await self._became_ready(process, message)
-            else:
-                self._dispatch(message)  # type: ignore[arg-type]
-                await self._admit_suspects()
-
-    async def _became_ready(self, process: EngineProcess, info: protocol.EngineReady) -> None:
-        self._info = info
-        if self._observer is not None:
-            self._observer.engine_started()
-        process.ready.set()
-        # Whatever comes from now on sends itself.
-        interrupted = list(self._streams.values())
-        guilty, self._guilty_jobs = self._guilty_jobs, set()
-        for handler in self._restart_handlers:
-            try:
-                await handler(guilty)
-            except Exception:
-                log.exception("a restart handler failed")
-        for stream in interrupted:
-            request_id = stream.request.request_id
-            if request_id in self._streams and not self._suspects.must_wait(request_id):
-                await self._send(stream.resubmission())
-        await self._admit_suspects()
-        self._first_ready.set()
-
     async def _admit_suspects(self) -> None:
         """Give the engine the suspects whose trial begins."""
+        if not self.ready:
+            return
         for item_id in self._suspects.admit(time.monotonic()):
             stream, job = self._streams.get(item_id), self._held_jobs.pop(item_id, None)
             if stream is not None:
-                await self._send(stream.resubmission())
+                await self._supervisor.send(stream.resubmission())
             elif job is not None:
-                await self._send(job)
+                await self._supervisor.send(job)
 
     def _dispatch(self, message: FromEngine) -> None:
         if isinstance(message, protocol.StepOutput):
@@ -417,11 +292,6 @@ class EngineClient:
                 stream.queue.put_nowait(_error(message.status, message.code, message.message))
         elif isinstance(message, protocol.AdapterChecked | protocol.CheckFailed):
             self._settle_check(message)
-        elif isinstance(message, protocol.EngineFailed):
-            is_configuration = message.code == ConfigError.default_code
-            kind = ConfigError if is_configuration else EngineStartFailed
-            self._start_error = kind(message.message, code=message.code)
-            log.error("the engine cannot start: %s", message.message)
         elif isinstance(message, JobMessage):
             self._follow_job(message)
             self._job_messages.put_nowait(message)

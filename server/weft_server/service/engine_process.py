@@ -73,6 +73,7 @@ class EngineProcess:
 
     async def kill(self) -> None:
         """SIGKILL, and wait for it. A dead one stays so."""
+        self.ready.clear()
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
         await self.process.wait()

@@ -12,11 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from weft_server.errors import InvalidRequest
-from weft_server.protocol import JobCheckpointed, JobProgress, JobSpec, JobSucceeded
+from weft_server.protocol import (
+    JobCheckpointed,
+    JobFailed,
+    JobProgress,
+    JobSpec,
+    JobStopped,
+    JobSucceeded,
+)
 from weft_server.service.adapter_versions import AdapterVersion, publication
 from weft_server.service.datasets import TokenizedDataset
+from weft_server.service.engine_port import JobMessage
 from weft_server.service.job_records import (
     BlobRole,
     Job,
@@ -29,6 +38,9 @@ from weft_server.service.job_records import (
 )
 from weft_server.store.base import Change, Link, Record, Unlink
 
+JobNews: TypeAlias = list[JobProgress] | JobCheckpointed | JobSucceeded | JobFailed | JobStopped
+"""What is written at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class JobUpdate:
@@ -36,6 +48,19 @@ class JobUpdate:
 
     job: Job
     changes: tuple[Change, ...] = ()
+
+
+def merged(messages: Sequence[JobMessage]) -> list[JobNews]:
+    """The engine's messages in order, successive steps as one: they piled up while the last write ran."""
+    news: list[JobNews] = []
+    for message in messages:
+        if not isinstance(message, JobProgress):
+            news.append(message)
+        elif news and isinstance(news[-1], list):
+            news[-1].append(message)
+        else:
+            news.append([message])
+    return news
 
 
 def tokenized(job: Job, dataset: TokenizedDataset, spec: JobSpec, *, now: float) -> JobUpdate | None:

@@ -89,11 +89,6 @@ class TenantRegistry:
             self._by_digest, self._tenants = read_keys_file(path)
 
     @property
-    def has_keys(self) -> bool:
-        """Whether callers must bring a key."""
-        return self._path is not None
-
-    @property
     def tenants(self) -> tuple[Tenant, ...]:
         """The configured tenants, in the file's order."""
         return self._tenants

@@ -47,7 +47,6 @@ class Tokenizer:
         """
         self._backend = backend
         self.special_tokens = dict(special_tokens or {})
-        self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
         eos = () if self.eos_token_id is None else (self.eos_token_id,)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos, *stop_ids)))

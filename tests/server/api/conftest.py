@@ -72,7 +72,6 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.abort_seen = threading.Event()
         self.info: protocol.EngineReady | None = engine_info()
-        self.heartbeat: protocol.Heartbeat | None = None
         self.ready = True
         self.tenant_weights: dict[str, float] = {}
         self.tenant_concurrency: dict[str, int] = {}

@@ -68,7 +68,6 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.info: protocol.EngineReady | None = INFO
         self.ready = True
-        self.heartbeat: protocol.Heartbeat | None = None
         self.started: list[protocol.StartJob] = []
         self.cancelled: list[str] = []
         self._job_handlers: list[JobHandler] = []

@@ -14,10 +14,11 @@ import pytest
 
 from weft_server import protocol
 from weft_server.engine.config import EngineConfig
-from weft_server.errors import EngineCrashed
-from weft_server.service.engine_client import EngineClient, EngineStartFailed
+from weft_server.errors import EngineCrashed, Unavailable
+from weft_server.service.engine_client import EngineClient, EngineObserver
 from weft_server.service.engine_port import JobMessage
 from weft_server.service.engine_process import EngineLaunch
+from weft_server.service.engine_supervisor import EngineStartFailed
 
 SCRIPT = Path(__file__).with_name("scripted_engine.py")
 GOOD, POISON, HANG = 1, 666, 777
@@ -51,7 +52,9 @@ class Jobs:
 
 
 @asynccontextmanager
-async def running(folder: Path, **options: Any) -> AsyncIterator[tuple[EngineClient, Jobs]]:
+async def running(
+    folder: Path, *, observer: EngineObserver | None = None, **options: Any
+) -> AsyncIterator[tuple[EngineClient, Jobs]]:
     """A client over the scripted engine."""
 
     def config_json(epoch: int, receive: str, send: str, flight_record: Path) -> str:
@@ -62,7 +65,7 @@ async def running(folder: Path, **options: Any) -> AsyncIterator[tuple[EngineCli
     launch = EngineLaunch(
         config_json, folder / "run", **{"command": (sys.executable, str(SCRIPT)), **options}
     )
-    client = EngineClient(launch)
+    client = EngineClient(launch, observer=observer)
     jobs = Jobs(client)
     client.subscribe_jobs(jobs.hear)
     client.subscribe_restarts(jobs.restarted)
@@ -146,5 +149,49 @@ def test_an_engine_that_does_not_get_ready_is_given_up(tmp_path: Path, run: Any)
         async with running(tmp_path, command=command, start_timeout_s=0.5) as (client, _):
             with pytest.raises(EngineStartFailed, match="was not ready after"):
                 await client.wait_ready()
+
+    run(work())
+
+
+def test_a_first_engine_that_cannot_be_started_ends_the_waiting(tmp_path: Path, run: Any) -> None:
+    async def work() -> None:
+        (tmp_path / "run").write_text("a file where the folder should be")
+        async with running(tmp_path) as (client, _):
+            with pytest.raises(EngineStartFailed, match=r"cannot be started: .*File exists.*run"):
+                await client.wait_ready()
+            with pytest.raises(Unavailable, match="cannot be started"):
+                await tokens(client, "request", GOOD)
+
+    run(work())
+
+
+def test_an_engine_that_cannot_be_started_again_is_tried_five_times(tmp_path: Path, run: Any) -> None:
+    async def work() -> None:
+        command = [sys.executable, str(SCRIPT)]
+        async with running(tmp_path, command=command) as (client, _):
+            await client.wait_ready()
+            command[:] = [str(tmp_path / "gone")]
+            poison = asyncio.create_task(tokens(client, "poison", POISON))
+            with pytest.raises(Unavailable, match="died 5 times within 300 s"):
+                await poison
+            assert client.why_not_ready is not None
+
+    run(work())
+
+
+def test_a_failure_of_the_supervision_itself_fails_what_waits(tmp_path: Path, run: Any) -> None:
+    class Careless:
+        def engine_started(self) -> None: ...
+
+        def engine_lost(self) -> None:
+            raise LookupError("no such gauge")
+
+        def observe_heartbeat(self, heartbeat: protocol.Heartbeat) -> None: ...
+
+    async def work() -> None:
+        async with running(tmp_path, observer=Careless()) as (client, _):
+            await client.wait_ready()
+            with pytest.raises(Unavailable, match="LookupError: no such gauge"):
+                await tokens(client, "poison", POISON)
 
     run(work())
