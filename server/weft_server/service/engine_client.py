@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -266,10 +266,11 @@ class EngineClient:
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         """See `EnginePort.set_tenant_weights`; an engine that starts later is told at its start."""
-        if self.ready:
-            message = protocol.SetTenantWeights(dict(weights))
-            self._sending.add(task := asyncio.ensure_future(self._send(message)))
-            task.add_done_callback(self._sending.discard)
+        self._send_soon(protocol.SetTenantWeights(dict(weights)))
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        """See `EnginePort.set_pinned_adapters`."""
+        self._send_soon(protocol.SetPinnedAdapters(list(adapters)))
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         """See `EnginePort.subscribe_jobs`."""
@@ -287,6 +288,12 @@ class EngineClient:
         self._require_alive()
         if not self.ready:
             raise Unavailable(self.why_not_ready or "the engine is away", retry_after_s=_RETRY_AFTER_S)
+
+    def _send_soon(self, message: ToEngine) -> None:
+        """Send what an engine that is away need not hear."""
+        if self.ready:
+            self._sending.add(task := asyncio.ensure_future(self._send(message)))
+            task.add_done_callback(self._sending.discard)
 
     async def _send(self, message: ToEngine) -> None:
         process = self._current

@@ -6,7 +6,7 @@ the engine process over ZeroMQ and restarts it; whoever calls here knows neither
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from weft_server import protocol
@@ -76,6 +76,9 @@ class EnginePort(Protocol):
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         """Give tenants new fair shares, from the next iteration on."""
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        """Keep exactly these on the device. An engine that is away is not told: tell its successor."""
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         """Call `handler` with every message about jobs, one at a time, in the engine's order."""

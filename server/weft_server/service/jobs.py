@@ -106,7 +106,14 @@ class JobService:
         self._lease_s = lease_s
         self._jobs = JobTable(records)
         self._runner = JobRunner(
-            records, blobs, engine, tokenizer, metrics, exclusive_store=exclusive_store, lease_s=lease_s
+            records,
+            blobs,
+            engine,
+            tokenizer,
+            metrics,
+            exclusive_store=exclusive_store,
+            lease_s=lease_s,
+            published=adapters.pins.refresh,
         )
         self._loop: asyncio.Task[None] | None = None
 

@@ -94,6 +94,11 @@ class TenantRegistry:
         """The configured tenants, in the file's order."""
         return self._tenants
 
+    def share(self, name: str) -> float:
+        """A tenant's weight over those of all tenants; 0 for an unknown one."""
+        total = sum(tenant.weight for tenant in self._tenants)
+        return sum(tenant.weight for tenant in self._tenants if tenant.name == name) / total
+
     def authenticate(self, authorization: str | None) -> Tenant:
         """The tenant of an `Authorization: Bearer <key>` value.
 
