@@ -100,7 +100,7 @@ class AdapterPager:
         self._num_requests[ref.digest] += 1
 
     def forget(self, digest: str) -> None:
-        """A request (or the pin) that needed it has ended; with the last goes what was fetched, not loaded."""
+        """A request or a pin that needed it has ended; with the last goes what was fetched, not loaded."""
         self._num_requests[digest] -= 1
         if not self._num_requests[digest]:
             del self._num_requests[digest], self._refs[digest]
