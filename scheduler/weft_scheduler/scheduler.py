@@ -465,6 +465,11 @@ class Scheduler:
         return self._state.residency.places.num_taken
 
     @property
+    def num_adapters_pinned(self) -> int:
+        """Pinned adapters that are on the device or being copied there."""
+        return sum(entry.slot is not None for entry in list(self._state.residency.pinned.values()))
+
+    @property
     def arena_usage(self) -> float:
         """Part of the adapter arena that is held, 0 to 1."""
         extents = self._state.residency.extents

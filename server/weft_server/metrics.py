@@ -46,7 +46,13 @@ _ENGINE_HELP = {
     "num_preemptions": "Sequences preempted by recomputation.",
     "finetune_steps": "Optimizer steps finished.",
     "adapter_loads": "Adapters copied to the device arena.",
+    "adapter_load_seconds": "Seconds that those copies took.",
     "adapter_evictions": "Adapters evicted from the device arena.",
+    "adapter_moves": "Adapters moved inside the arena, to make holes larger.",
+    "adapter_requests_on_device": "Requests that found their adapter on the device.",
+    "adapter_requests_on_host": "Requests that found their adapter in host memory.",
+    "adapter_requests_absent": "Requests whose adapter had to be fetched from the store.",
+    "num_adapters_pinned": "Pinned adapters on the device.",
     "prefix_cache_queries": "Tokens looked for in the prefix cache.",
     "prefix_cache_hits": "Tokens found in the prefix cache.",
 }

@@ -179,6 +179,13 @@ class SetTenantConcurrency:
 
 
 @dataclass(frozen=True, slots=True)
+class SetPinnedAdapters:
+    """Keep exactly these adapters on the device, the first of them first, as far as pins have room there."""
+
+    adapters: list[AdapterRef]
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Checkpoint running jobs, then exit."""
 
@@ -188,7 +195,10 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """Sent once, when the base is loaded and calibrated. Sizes are tokens unless named otherwise."""
+    """Sent once, when the base is loaded and calibrated. Sizes are tokens unless named otherwise.
+
+    Pinned adapters may take `pinned_arena_bytes` of the adapter arena, and be `max_pinned_adapters`.
+    """
 
     max_model_len: int
     vocab_size: int
@@ -202,6 +212,8 @@ class EngineReady:
     base_fingerprint: str
     tpot_slo_ms: float
     ttft_slo_ms: float
+    pinned_arena_bytes: int = 0
+    max_pinned_adapters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,6 +373,7 @@ ToEngine: TypeAlias = (
     | CheckAdapter
     | SetTenantWeights
     | SetTenantConcurrency
+    | SetPinnedAdapters
     | Shutdown
 )
 FromEngine: TypeAlias = (

@@ -146,7 +146,13 @@ def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, 
         settings.generation_config or model_dir, required=settings.generation_config is not None
     )
     adapters = AdapterService(
-        store.records, store.blobs, engine, metrics, base_name=name, adapter_root=settings.adapter_root
+        store.records,
+        store.blobs,
+        engine,
+        metrics,
+        base_name=name,
+        adapter_root=settings.adapter_root,
+        pin_share=tenants.share,
     )
     jobs = JobService(
         store.records,

@@ -132,6 +132,10 @@ class AdapterFetcher:
             self._fetching.add(adapter.digest)
         self._fetches.put(lambda: self._fetch(adapter))
 
+    def has_image(self, digest: str) -> bool:
+        """Whether an adapter's image is in host memory now."""
+        return digest in self._cache
+
     def submit_check(self, check_id: str, config_blob: str, weights_blob: str) -> None:
         """Check an upload against the base without keeping it; its result comes from `checked`."""
         self._checks.put(lambda: self._check(check_id, config_blob, weights_blob))

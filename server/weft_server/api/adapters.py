@@ -70,6 +70,18 @@ async def download_adapter(
     )
 
 
+@router.post("/v1/adapters/{name}/pin", dependencies=[only_query()])
+async def pin_adapter(name: str, services: AppServices, tenant: CallerTenant) -> Response:
+    """Keep the newest version of an adapter on the device, now and after every new one."""
+    return json_response(adapter_object(await services.adapters.pins.pin(tenant.name, name)))
+
+
+@router.post("/v1/adapters/{name}/unpin", dependencies=[only_query()])
+async def unpin_adapter(name: str, services: AppServices, tenant: CallerTenant) -> Response:
+    """Let an adapter leave the device like any other."""
+    return json_response(adapter_object(await services.adapters.pins.unpin(tenant.name, name)))
+
+
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(
     services: AppServices,

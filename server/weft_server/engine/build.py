@@ -41,6 +41,8 @@ from weft_server.protocol import EngineReady
 log = logging.getLogger(__name__)
 
 _HOST_CACHE_BYTES = 2 << 30
+_PINNED_FILL = 15 / 16
+"""Part of the pinned adapters' region that is offered: the rest is for the alignment of their tensors."""
 _DEFAULT_TTFT_S = {"cuda": 2.0, "cpu": 5.0}
 _DEFAULT_CUDA_TPOT_S = 0.050
 _CPU_TPOT_FACTOR = 2.0
@@ -168,7 +170,7 @@ def assemble_engine(
         record_plan=record_plan,
         clock=clock,
     )
-    return BuiltEngine(engine, _announcement(weights, sizes, targets, base_fingerprint))
+    return BuiltEngine(engine, _announcement(weights, sizes, targets, scheduler, base_fingerprint))
 
 
 @contextmanager
@@ -199,7 +201,11 @@ def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: floa
 
 
 def _announcement(
-    weights: DecoderWeights, sizes: Sizes, targets: LatencyTargets, fingerprint: str
+    weights: DecoderWeights,
+    sizes: Sizes,
+    targets: LatencyTargets,
+    scheduler: Scheduler,
+    fingerprint: str,
 ) -> EngineReady:
     limits = sizes.limits
     return EngineReady(
@@ -215,4 +221,6 @@ def _announcement(
         base_fingerprint=fingerprint,
         tpot_slo_ms=targets.tpot_s * 1000,
         ttft_slo_ms=targets.ttft_s * 1000,
+        pinned_arena_bytes=int(scheduler.max_pinned_elements * _PINNED_FILL) * weights.dtype.itemsize,
+        max_pinned_adapters=scheduler.max_pinned_adapters,
     )

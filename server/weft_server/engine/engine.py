@@ -39,6 +39,7 @@ from weft_server.protocol import (
     Generate,
     Heartbeat,
     RequestFailed,
+    SetPinnedAdapters,
     SetTenantConcurrency,
     SetTenantWeights,
     Shutdown,
@@ -115,6 +116,8 @@ class Engine:
                 self._scheduler.set_weight(tenant, weight)
         elif isinstance(message, SetTenantConcurrency):
             self._scheduler.set_max_concurrency(message.max_concurrency)
+        elif isinstance(message, SetPinnedAdapters):
+            self._pager.pin_exactly(message.adapters)
         elif isinstance(message, Shutdown):
             raise TypeError("Shutdown belongs to the process around the engine")
 
@@ -296,6 +299,7 @@ class Engine:
             "kv_cache_usage_perc": scheduler.kv_usage,
             "adapter_arena_usage_perc": scheduler.arena_usage,
             "num_adapters_on_device": float(scheduler.num_adapters_on_device),
+            "num_adapters_pinned": float(scheduler.num_adapters_pinned),
             "num_finetune_jobs_running": float(self._jobs.num_running),
             "cost_model_error_p50": scheduler.cost.error_p50,
             "cost_model_error_p95": scheduler.cost.error_p95,
@@ -304,11 +308,9 @@ class Engine:
         }
         counters = self._counters | {
             "finetune_steps": float(self._jobs.num_steps),
-            "adapter_loads": float(self._pager.num_loads),
-            "adapter_evictions": float(self._pager.num_evictions),
+            **self._pager.counters(),
             "prefix_cache_queries": float(scheduler.num_prefix_queries),
             "prefix_cache_hits": float(scheduler.num_prefix_hits),
-            "adapter_moves": float(self._pager.num_moves),
         }
         queues = {
             tenant: TenantQueue(queue.num_waiting, queue.drain_s)

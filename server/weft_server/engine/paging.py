@@ -7,7 +7,10 @@ on a CPU.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +22,18 @@ from weft_server.adapters.errors import AdapterError, AdapterFetchFailed
 from weft_server.adapters.fetch import AdapterFetcher
 from weft_server.adapters.image import HostImage
 from weft_server.protocol import AdapterRef
+
+log = logging.getLogger(__name__)
+
+_COUNTERS = (
+    "adapter_loads",
+    "adapter_load_seconds",
+    "adapter_evictions",
+    "adapter_moves",
+    "adapter_requests_on_device",
+    "adapter_requests_on_host",
+    "adapter_requests_absent",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +50,14 @@ class FetchFailure:
 class AdapterPager:
     """Moves adapters between store, host cache and arena as plans say."""
 
-    def __init__(self, arena: AdapterArena, fetcher: AdapterFetcher, scheduler: Scheduler) -> None:
+    def __init__(
+        self,
+        arena: AdapterArena,
+        fetcher: AdapterFetcher,
+        scheduler: Scheduler,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._arena = arena
         self._fetcher = fetcher
         self._scheduler = scheduler
@@ -45,18 +67,40 @@ class AdapterPager:
         self._fetched: dict[str, HostImage] = {}
         self._num_fetching = 0
         self._slots: dict[str, int] = {}
-        self._loading: list[tuple[AdapterLoad, LoadHandle]] = []
-        self.num_loads = 0
-        self.num_evictions = 0
-        self.num_moves = 0
+        self._loading: list[tuple[AdapterLoad, LoadHandle, float]] = []
+        self._pinned: set[str] = set()
+        self._clock = clock
+        self._counts = dict.fromkeys(_COUNTERS, 0.0)
 
     def know(self, ref: AdapterRef) -> None:
         """A request needs this adapter: remember where its blobs are, for when the scheduler asks for it."""
+        if ref.digest in self._slots:
+            self._counts["adapter_requests_on_device"] += 1
+        elif ref.digest in self._fetched or self._fetcher.has_image(ref.digest):
+            self._counts["adapter_requests_on_host"] += 1
+        else:
+            self._counts["adapter_requests_absent"] += 1
+        self._remember(ref)
+
+    def pin_exactly(self, refs: Sequence[AdapterRef]) -> None:
+        """Keep these adapters on the device as far as pins have room, and no others."""
+        wanted = {ref.digest: ref for ref in refs}
+        for digest in self._pinned - wanted.keys():
+            self._pinned.remove(digest)
+            self._scheduler.unpin_adapter(digest)
+            self.forget(digest)
+        for digest, ref in wanted.items():
+            if digest not in self._pinned:
+                self._pinned.add(digest)
+                self._remember(ref)
+                self._scheduler.pin_adapter(digest)
+
+    def _remember(self, ref: AdapterRef) -> None:
         self._refs[ref.digest] = ref
         self._num_requests[ref.digest] += 1
 
     def forget(self, digest: str) -> None:
-        """A request that needed it has ended; with the last one goes what was fetched and not loaded."""
+        """A request or a pin that needed it has ended; with the last goes what was fetched, not loaded."""
         self._num_requests[digest] -= 1
         if not self._num_requests[digest]:
             del self._num_requests[digest], self._refs[digest]
@@ -80,13 +124,15 @@ class AdapterPager:
         for digest, slot in memory.adapter_evictions:
             self._arena.clear(slot)
             self._slots.pop(digest, None)
-            self.num_evictions += 1
+            self._counts["adapter_evictions"] += 1
         for move in memory.adapter_moves:
             self._arena.move(move.slot, move.destination)
-            self.num_moves += 1
+            self._counts["adapter_moves"] += 1
         for load in memory.adapter_loads:
             image = self._training.get(load.adapter) or self._fetched.pop(load.adapter)
-            self._loading.append((load, self._arena.load_async(load.slot, load.offset, image)))
+            started_s = self._clock()
+            handle = self._arena.load_async(load.slot, load.offset, image)
+            self._loading.append((load, handle, started_s))
         for key in memory.adapter_fetches:
             self._fetch(key)
         self._finish_loads()
@@ -107,9 +153,15 @@ class AdapterPager:
                 error = AdapterError(reason, code="adapter_too_large")
             error = error or AdapterFetchFailed("the fetch ended without a result")
             waiting = self._scheduler.adapter_failed(done.digest)
+            if done.digest in self._pinned and not waiting:
+                log.warning("a pinned adapter is not on the device: %s", error.message)
             code = error.code or "adapter_error"
             failures.append(FetchFailure(done.digest, waiting, error.status, code, error.message))
         return failures
+
+    def counters(self) -> dict[str, float]:
+        """What has been counted since the start, by metric name without prefix."""
+        return dict(self._counts)
 
     @property
     def is_busy(self) -> bool:
@@ -125,12 +177,13 @@ class AdapterPager:
 
     def _finish_loads(self) -> None:
         still_loading = []
-        for load, handle in self._loading:
+        for load, handle, started_s in self._loading:
             if handle.ready():
                 handle.finish()
                 self._slots[load.adapter] = load.slot
                 self._scheduler.adapter_loaded(load.adapter)
-                self.num_loads += 1
+                self._counts["adapter_loads"] += 1
+                self._counts["adapter_load_seconds"] += self._clock() - started_s
             else:
-                still_loading.append((load, handle))
+                still_loading.append((load, handle, started_s))
         self._loading = still_loading

@@ -17,6 +17,8 @@ from weft_server.model.weights import DecoderWeights
 
 BLOCK_SIZE = 16
 NUM_ADAPTER_SLOTS = 256
+TRAINING_ADAPTER_SHARE = 0.375
+PINNED_ADAPTER_SHARE = 0.125
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_CPU_CACHE_TOKENS = 1 << 18
@@ -174,6 +176,8 @@ def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
             max_batch_tokens=max_batch_tokens,
             max_model_len=max_model_len,
             num_adapter_slots=NUM_ADAPTER_SLOTS,
+            training_adapter_share=TRAINING_ADAPTER_SHARE,
+            pinned_adapter_share=PINNED_ADAPTER_SHARE,
             arena_elements=arena_bytes // weights.dtype.itemsize // 64 * 64,
             window_tokens=window_tokens,
             num_layers=model.num_layers,

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping, Set
+from collections.abc import AsyncGenerator, Mapping, Sequence, Set
 from typing import Protocol
 from uuid import uuid4
 
@@ -183,7 +183,12 @@ class EngineClient:
         """See `EnginePort.set_tenant_concurrency`; an engine that starts later is told at its start."""
         self._tell(protocol.SetTenantConcurrency(dict(max_concurrency)))
 
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        """See `EnginePort.set_pinned_adapters`."""
+        self._tell(protocol.SetPinnedAdapters(list(adapters)))
+
     def _tell(self, message: ToEngine) -> None:
+        """Send what an engine that is away need not hear."""
         if self.ready:
             self._sending.add(task := asyncio.ensure_future(self._supervisor.send(message)))
             task.add_done_callback(self._sending.discard)

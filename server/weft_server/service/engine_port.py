@@ -6,7 +6,7 @@ the engine process over ZeroMQ and restarts it; whoever calls here knows neither
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from weft_server import protocol
@@ -81,6 +81,9 @@ class EnginePort(Protocol):
 
     def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
         """Let at most so many choices of a tenant run at a time; tenants not named have no such limit."""
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        """Keep exactly these on the device. An engine that is away is not told: tell its successor."""
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         """Call `handler` with every message about jobs, one at a time, in the engine's order."""

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,6 +70,7 @@ class JobRunner:
         *,
         exclusive_store: bool,
         lease_s: float = DEFAULT_LEASE_S,
+        published: Callable[[], None] | None = None,
     ) -> None:
         """Subscribes to the engine: construct it before the engine starts.
 
@@ -80,6 +81,7 @@ class JobRunner:
             metrics: counts finished jobs and published adapters.
             exclusive_store: no other server can share the store, so leases of others are a dead process's.
             lease_s: how long a lease lasts without renewal; `tick` is due several times as often.
+            published: called after a job has published an adapter.
         """
         self.owner = f"server-{secrets.token_hex(8)}"
         self._records = records
@@ -88,6 +90,7 @@ class JobRunner:
         self._tokenizer = tokenizer
         self._exclusive_store = exclusive_store
         self._lease_s = lease_s
+        self._published = published
         self._jobs = JobTable(records)
         self._writer = JobWriter(records, metrics, self.owner)
         self._runs: dict[str, _Run] = {}
@@ -373,6 +376,8 @@ class JobRunner:
 
         try:
             await self._persist(run, change)
+            if self._published is not None:
+                self._published()
         except BlobMissing:
             await self._fail(
                 run, JobError("adapter_missing", "The trained adapter's stored bytes are missing or damaged.")

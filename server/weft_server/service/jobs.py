@@ -113,7 +113,14 @@ class JobService:
         self._jobs = JobTable(records)
         self._keys = IdempotencyTable(records)
         self._runner = JobRunner(
-            records, blobs, engine, tokenizer, metrics, exclusive_store=exclusive_store, lease_s=lease_s
+            records,
+            blobs,
+            engine,
+            tokenizer,
+            metrics,
+            exclusive_store=exclusive_store,
+            lease_s=lease_s,
+            published=adapters.pins.refresh,
         )
         self._loop: asyncio.Task[None] | None = None
 

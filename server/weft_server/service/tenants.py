@@ -107,6 +107,11 @@ class TenantRegistry:
             if tenant.max_concurrency is not None
         }
 
+    def share(self, name: str) -> float:
+        """A tenant's weight over those of all tenants; 0 for an unknown one."""
+        weights = self.weights
+        return weights.get(name, 0.0) / sum(weights.values())
+
     def authenticate(self, authorization: str | None) -> Tenant:
         """The tenant of an `Authorization: Bearer <key>` value.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +144,9 @@ class ScriptedEngine:
 
     def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
         self.tenant_concurrency = dict(max_concurrency)
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        return None
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         return None

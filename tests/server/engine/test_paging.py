@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from weft_server.errors import Unavailable
+from weft_server.protocol import SetPinnedAdapters
 
 NUM_ADAPTERS = 200
 ELEMENTS_FOR_8 = 8 * 2048
@@ -210,3 +211,58 @@ def test_answers_do_not_change_when_their_adapters_are_moved_together(harness, m
     for i in (0, 4, 6, 8, 31):
         assert h.tokens(f"again {i}") == oracle.greedy(make.prompt(5), 8, small[i])
     assert h.engine.heartbeat().counters["adapter_loads"] == 33
+
+
+def test_a_pinned_adapter_is_loaded_unasked_and_stays_through_a_flood_of_others(harness, make, oracle):
+    fleet, pinned = _fleet(make)[:40], make.adapter(77, 2)
+    shares = {"training_adapter_share": 0.25, "pinned_adapter_share": 0.25}
+    h = harness(num_adapter_slots=8, arena_elements=2 * ELEMENTS_FOR_8, max_num_seqs=16, **shares)
+    assert (h.ready.max_pinned_adapters, h.ready.pinned_arena_bytes) == (2, 2 * ELEMENTS_FOR_8 * 15 // 16)
+    ref = h.store(pinned)
+    h.engine.handle(SetPinnedAdapters([ref]))
+    h.run()
+    assert h.engine.heartbeat().gauges["num_adapters_pinned"] == 1
+    assert h.engine.heartbeat().counters["adapter_requests_absent"] == 0
+    for i, adapter in enumerate(fleet):
+        h.generate(f"r{i}", make.prompt(5), adapter=h.store(adapter), max_tokens=3)
+    h.run()
+    loads = h.engine.heartbeat().counters["adapter_loads"]
+    h.generate("pinned", make.prompt(6), adapter=ref, max_tokens=8)
+    h.run()
+    assert h.tokens("pinned") == oracle.greedy(make.prompt(6), 8, pinned)
+    counters = h.engine.heartbeat().counters
+    assert counters["adapter_loads"] == loads
+    assert counters["adapter_requests_on_device"] == 1
+    h.engine.handle(SetPinnedAdapters([]))
+    for i, adapter in enumerate(fleet):
+        h.generate(f"again {i}", make.prompt(5), adapter=h.store(adapter), max_tokens=3)
+    h.run()
+    assert h.scheduler.adapter_slot(ref.digest) is None
+    _assert_nothing_is_kept(h)
+
+
+def test_requests_are_counted_by_where_they_found_their_adapter(harness, make):
+    h = harness(num_adapter_slots=1)
+    refs = [h.store(make.adapter(i)) for i in (1, 2)]
+    for name, ref in (("absent", refs[0]), ("device", refs[0]), ("other", refs[1]), ("host", refs[0])):
+        h.generate(name, make.prompt(5), adapter=ref, max_tokens=2)
+        h.run()
+    counters = h.engine.heartbeat().counters
+    found = [counters[f"adapter_requests_{where}"] for where in ("on_device", "on_host", "absent")]
+    assert found == [1, 1, 2]
+    assert counters["adapter_loads"] == 3
+    assert counters["adapter_load_seconds"] > 0.0
+
+
+def test_a_pin_beyond_the_room_leaves_the_others_alone_and_blocks_nobody(harness, make):
+    shares = {"training_adapter_share": 0.25, "pinned_adapter_share": 0.25}
+    h = harness(num_adapter_slots=8, arena_elements=2 * ELEMENTS_FOR_8, **shares)
+    first, large = h.store(make.adapter(1, 4)), h.store(make.adapter(2, 16))
+    h.engine.handle(SetPinnedAdapters([first, large]))
+    h.run()
+    assert h.scheduler.adapter_slot(first.digest) is not None
+    assert h.scheduler.adapter_slot(large.digest) is None
+    h.generate("base", make.prompt(5), max_tokens=2)
+    h.generate("first", make.prompt(5), adapter=first, max_tokens=2)
+    h.run()
+    assert len(h.tokens("base")) == len(h.tokens("first")) == 2

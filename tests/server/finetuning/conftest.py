@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +58,8 @@ INFO = protocol.EngineReady(
     base_fingerprint="base-1",
     tpot_slo_ms=50.0,
     ttft_slo_ms=2000.0,
+    pinned_arena_bytes=20_000,
+    max_pinned_adapters=5,
 )
 Result = TypeVar("Result")
 
@@ -70,6 +72,7 @@ class ScriptedEngine:
         self.ready = True
         self.started: list[protocol.StartJob] = []
         self.cancelled: list[str] = []
+        self.pinned: list[list[str]] = []
         self._job_handlers: list[JobHandler] = []
         self._restart_handlers: list[RestartHandler] = []
 
@@ -101,6 +104,9 @@ class ScriptedEngine:
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         del weights
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        self.pinned.append([adapter.digest for adapter in adapters])
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         self._job_handlers.append(handler)
@@ -341,7 +347,13 @@ def live(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
         metrics = Metrics(BASE)
         registry = ModelService(store.records, BASE, 0)
         adapters = AdapterService(
-            store.records, store.blobs, engine, metrics, base_name=BASE, adapter_root=root
+            store.records,
+            store.blobs,
+            engine,
+            metrics,
+            base_name=BASE,
+            adapter_root=root,
+            pin_share=lambda _tenant: 0.5,
         )
         jobs = JobService(
             store.records,
