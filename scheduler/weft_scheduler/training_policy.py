@@ -39,10 +39,8 @@ def num_kept_blocks(state: SchedulerState, now_s: float) -> int:
 
 def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, is_due: bool) -> None:
     """Add units of finetuning within the budget; at least one if `is_due` or if the plan would be empty."""
-    training = state.training
     if draft.must_finish_layer:
-        while training.wave is not None and not training.wave.is_between_layers:
-            _add_slice(state, draft, training.wave, inf)
+        finish_layer(state, draft)
     _admit_packs(state, draft)
     _add_steps(state, draft, budget_s)
     _add_windows(state, draft, budget_s)
@@ -52,6 +50,38 @@ def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, i
         _force_one(state, draft)
     is_idle = is_runnable(state) and not draft.num_training_units
     state.num_idle_training_plans = state.num_idle_training_plans + 1 if is_idle else 0
+
+
+def plan_capped_training(state: SchedulerState, draft: PlanDraft, max_tokens: int, max_layers: int) -> None:
+    """Add a fixed amount of finetuning, whatever it takes: due optimizer steps, and either forward windows of
+    at most `max_tokens` tokens (one where nothing else runs) or the wave through `max_layers` layers.
+    """
+    training = state.training
+    _admit_packs(state, draft)
+    _add_steps(state, draft, inf)
+    if training.wave is None:
+        left = max_tokens
+        for pack in training.alive:
+            while pack.status is PackStatus.FORWARDING:
+                num_tokens = training.window_range(pack, pack.next_window)[1]
+                if (num_tokens > left and draft.forward) or not _add_window(state, draft, pack, inf):
+                    return
+                left -= num_tokens
+        if left < max_tokens:
+            return
+    for _ in range(max_layers):
+        wave = training.next_wave()
+        if wave is None:
+            return
+        _add_slice(state, draft, wave, inf)
+        finish_layer(state, draft)
+
+
+def finish_layer(state: SchedulerState, draft: PlanDraft) -> None:
+    """Take the wave to the end of the layer that it is in, whatever the budget."""
+    training = state.training
+    while training.wave is not None and not training.wave.is_between_layers:
+        _add_slice(state, draft, training.wave, inf)
 
 
 def _due_jobs(state: SchedulerState) -> Iterator[Job]:
