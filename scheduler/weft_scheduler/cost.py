@@ -141,17 +141,17 @@ class CostModel:
     def predict(self, features: Features) -> float:
         """Seconds that an iteration with these features takes."""
         f = features
-        w = self._weights
+        kv, products, sequences, loss, backward, slices, adapters, steps = self._weights
         return (
             self._curve(f.forward_tokens)
-            + w[0] * f.kv_tokens_read
-            + w[1] * f.attention_products
-            + w[2] * f.num_sequences
-            + w[3] * f.loss_tokens
-            + w[4] * f.backward_token_layers
-            + w[5] * f.num_backward_slices
-            + w[6] * f.num_adapters
-            + w[7] * f.optimizer_steps
+            + kv * f.kv_tokens_read
+            + products * f.attention_products
+            + sequences * f.num_sequences
+            + loss * f.loss_tokens
+            + backward * f.backward_token_layers
+            + slices * f.num_backward_slices
+            + adapters * f.num_adapters
+            + steps * f.optimizer_steps
         )
 
     def calibrate(self, samples: Sequence[tuple[PlanFeatures, float]]) -> None:
@@ -227,7 +227,9 @@ class CostModel:
     def _curve(self, num_tokens: int) -> float:
         if num_tokens <= 0:
             return 0.0
-        idx = min(bisect_right(KNOTS, num_tokens) - 1, len(self._slopes) - 1)
+        idx = bisect_right(KNOTS, num_tokens) - 1
+        if idx == len(self._slopes):
+            idx -= 1
         return self._curve_values[idx] + (num_tokens - KNOTS[idx]) * self._slopes[idx]
 
     def _error_at(self, quantile: float) -> float:

@@ -178,7 +178,8 @@ def _add_window(state: SchedulerState, draft: PlanDraft, pack: Pack, budget_s: f
 
 def _add_slice(state: SchedulerState, draft: PlanDraft, wave: Wave, budget_s: float) -> bool:
     num_done = len(draft.done)
-    slots = tuple(_slot(state, state.training.jobs[pack.spec.job_id]) for pack in wave.members())
+    jobs = state.training.jobs
+    slots = tuple([_slot(state, jobs[pack.spec.job_id]) for pack in wave.members()])
     is_added = draft.try_add_slice(state.training, wave, slots, budget_s)
     for pack in draft.done[num_done:]:
         state.blocks.free(pack.block_ids, draft.iteration)

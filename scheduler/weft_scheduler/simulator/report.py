@@ -143,7 +143,6 @@ class Report:
     busy_share: float
     cost_error_p50: float
     cost_error_p95: float
-    wall_s: float = 0.0
     trained_by_tenant: Mapping[str, float] = field(default_factory=dict)
 
     @property

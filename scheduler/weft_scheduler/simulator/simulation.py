@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop
-from time import perf_counter
 
 from weft_scheduler.budget import LatencyTargets
 from weft_scheduler.cost import CostModel
@@ -158,7 +157,6 @@ class Simulation:
 
     def run(self, duration_s: float | None) -> Result:
         """Step until the end."""
-        started = perf_counter()
         while not self._is_over(duration_s):
             self._step(duration_s)
         while self._flights and duration_s is None:
@@ -175,7 +173,6 @@ class Simulation:
             training_s=self._training_s,
             num_adapter_loads=self._pager.num_loads,
         )
-        report = replace(report, wall_s=perf_counter() - started)
         return Result(report, tuple(recorder.samples), self._timeline)
 
     def _is_over(self, duration_s: float | None) -> bool:
