@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Features(Protocol):
@@ -97,7 +98,8 @@ def _values(x: Features) -> tuple[int, ...]:
 KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Forward tokens at which the curve bends; beyond the last one it goes on at the last slope."""
 
-_NUM_LINEAR = 8
+_LINEAR_NAMES = tuple(field.name for field in fields(PlanFeatures))[1:]
+_NUM_LINEAR = len(_LINEAR_NAMES)
 _SIZE = len(KNOTS) + _NUM_LINEAR
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
 _NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3)
@@ -108,6 +110,7 @@ _REFIT_INTERVAL = 16
 _ERROR_WINDOW = 256
 _RATIO_WINDOW = 32
 _LEAST_REACH = 1.5
+_LEAST_WEIGHT = 1e-12
 
 
 class CostModel:
@@ -179,6 +182,39 @@ class CostModel:
         for window in (self._errors, self._misses, self._speeds):
             window.clear()
         self._tabulate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What predictions follow from, as JSON-able values, and how far off the last ones were."""
+        return {
+            "curve": {str(knot): value for knot, value in zip(KNOTS, self._curve_values, strict=True)},
+            "weights": dict(zip(_LINEAR_NAMES, self._weights, strict=True)),
+            "error_p50": self.error_p50,
+            "error_p95": self.error_p95,
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> CostModel:
+        """A model that predicts as the one did that wrote `values`, and has observed nothing.
+
+        Raises:
+            ValueError: a knot or weight is missing, unknown, negative, or the curve falls.
+        """
+        curve, weights = values.get("curve"), values.get("weights")
+        if not isinstance(curve, Mapping) or list(curve) != [str(knot) for knot in KNOTS]:
+            raise ValueError(f"`curve` must map the forward tokens {', '.join(map(str, KNOTS))} to seconds")
+        if not isinstance(weights, Mapping) or set(weights) != set(_LINEAR_NAMES):
+            raise ValueError(f"`weights` must have exactly {', '.join(_LINEAR_NAMES)}")
+        levels = [0.0, *(float(value) for value in curve.values())]
+        theta = [high - low for low, high in pairwise(levels)]
+        theta += [float(weights[name]) for name in _LINEAR_NAMES]
+        if min(theta) < 0.0:
+            raise ValueError("`curve` must not fall, and no weight may be negative")
+        model = CostModel()
+        model._theta = theta
+        model._prior = _Normal.of_parameters([max(value, _LEAST_WEIGHT) for value in theta])
+        model._prior_theta = list(theta)
+        model._tabulate()
+        return model
 
     def observe(self, features: Features, elapsed_s: float) -> None:
         """Learn from an iteration that took `elapsed_s`.

@@ -169,7 +169,7 @@ def read_servegen_trace(
             num_clients=num_clients,
         )
     except (OSError, ValueError, KeyError, SyntaxError) as error:
-        raise TraceError(f"trace {path}: not ServeGen's clients ({error})") from error
+        raise TraceError(f"trace {path}, read as ServeGen's clients: {error}") from error
     return _in_order(requests, path)
 
 

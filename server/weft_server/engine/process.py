@@ -11,6 +11,7 @@ process keeps open: its end means that the API process is gone, and the engine w
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -33,6 +34,9 @@ from weft_server.store.opening import open_blobs
 from weft_server.transport import decode, encode
 
 log = logging.getLogger(__name__)
+
+COST_MODEL_FILE = "cost_model.json"
+"""In the data folder: the fitted cost model, written when the engine stops."""
 
 _HEARTBEAT_S = 0.5
 _IDLE_POLL_S = 0.5
@@ -96,12 +100,16 @@ def _serve(
     threading.Thread(target=_receive, args=(context, config, inbox), name="receiver", daemon=True).start()
     threading.Thread(target=_beat, args=(built.engine, sender), name="heartbeat", daemon=True).start()
     sender.send(built.ready)
-    _loop(built, inbox, sender, recorder)
+    _loop(config, built, inbox, sender, recorder)
     return 0
 
 
 def _loop(
-    built: BuiltEngine, inbox: SimpleQueue[ToEngine], sender: _Sender, recorder: FlightRecorder
+    config: EngineConfig,
+    built: BuiltEngine,
+    inbox: SimpleQueue[ToEngine],
+    sender: _Sender,
+    recorder: FlightRecorder,
 ) -> None:
     engine = built.engine
     while True:
@@ -109,12 +117,22 @@ def _loop(
             if isinstance(message, Shutdown):
                 for last in engine.shut_down():
                     sender.send(last)
+                _write_cost_model(built, Path(config.data_dir))
                 return
             engine.handle(message)
         for answer in engine.step():
             sender.send(answer)
         if not engine.has_work:
             recorder.record(())
+
+
+def _write_cost_model(built: BuiltEngine, data_dir: Path) -> None:
+    """Leave what was learnt of this device to `weft simulate`; a full disk loses no more than that."""
+    path = data_dir / COST_MODEL_FILE
+    try:
+        path.write_text(json.dumps(built.describe_device(), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error)
 
 
 def _take(inbox: SimpleQueue[ToEngine], engine: Engine) -> list[ToEngine]:
