@@ -55,7 +55,7 @@ class StaticCapPolicy:
 
     Prompts fill a fixed number of tokens. A plan then holds forward windows of at most `max_train_tokens`
     tokens (and of what is left of `max_tokens`), or the backward of the whole wave through `num_layers`
-    layers. No latency model, no targets. This is what FlexLLM's released code does (`request_manager.cc`),
+    layers; at least one window where there is any room. No latency model, no targets. This is what FlexLLM's released code does (`request_manager.cc`),
     with several jobs where that has one.
     """
 

@@ -54,7 +54,7 @@ def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, i
 
 def plan_capped_training(state: SchedulerState, draft: PlanDraft, max_tokens: int, max_layers: int) -> None:
     """Add a fixed amount of finetuning, whatever it takes: due optimizer steps, and either forward windows of
-    at most `max_tokens` tokens (one where nothing else runs) or the wave through `max_layers` layers.
+    at most `max_tokens` tokens (one window if that is above 0) or the wave through `max_layers` layers.
     """
     training = state.training
     _admit_packs(state, draft)
@@ -64,7 +64,8 @@ def plan_capped_training(state: SchedulerState, draft: PlanDraft, max_tokens: in
         for pack in training.alive:
             while pack.status is PackStatus.FORWARDING:
                 num_tokens = training.window_range(pack, pack.next_window)[1]
-                if (num_tokens > left and draft.forward) or not _add_window(state, draft, pack, inf):
+                is_over = num_tokens > left and (left < max_tokens or max_tokens <= 0)
+                if is_over or not _add_window(state, draft, pack, inf):
                     return
                 left -= num_tokens
         if left < max_tokens:

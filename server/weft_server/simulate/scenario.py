@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weft_scheduler.limits import Limits
+from weft_scheduler.policies import StaticCapPolicy
 from weft_scheduler.simulator.device_model import DeviceModel, FittedDevice, Roofline
 from weft_scheduler.simulator.fitted import Fitted, read_fitted
 from weft_scheduler.simulator.gpus import GPUS, DoesNotFit, Gpu, choose_limits
@@ -127,7 +128,15 @@ def _read_device(
         return gpu, fitted.limits, FittedDevice(fitted.cost), fitted
     gpu = GPUS[name]
     try:
-        limits = choose_limits(shape, gpu, options.quantization, max_model_len=options.max_model_len)
+        # A static cap is kept by windows of its size.
+        window = StaticCapPolicy().max_train_tokens if options.policy == "static-cap" else gpu.window_tokens
+        limits = choose_limits(
+            shape,
+            gpu,
+            options.quantization,
+            max_model_len=options.max_model_len,
+            window_tokens=min(window, gpu.window_tokens),
+        )
     except DoesNotFit as error:
         raise ConfigError(f"--gpu {name}: {error}") from error
     return gpu, limits, Roofline(shape, gpu, options.quantization), None
