@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from statistics import median
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Features(Protocol):
@@ -101,7 +102,8 @@ def _values(x: Features) -> tuple[int, ...]:
 KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Forward tokens at which the curve bends; beyond the last one it goes on at the last slope."""
 
-_NUM_LINEAR = 8
+_LINEAR_NAMES = tuple(field.name for field in fields(PlanFeatures))[1:]
+_NUM_LINEAR = len(_LINEAR_NAMES)
 _SIZE = len(KNOTS) + _NUM_LINEAR
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
 _NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3)
@@ -112,6 +114,7 @@ _REFIT_INTERVAL = 16
 _ERROR_WINDOW = 256
 _RATIO_WINDOW = 32
 _LEAST_REACH = 1.5
+_LEAST_WEIGHT = 1e-12
 
 
 class CostModel:
@@ -145,17 +148,17 @@ class CostModel:
     def predict(self, features: Features) -> float:
         """Seconds that an iteration with these features takes."""
         f = features
-        w = self._weights
+        kv, products, sequences, loss, backward, slices, adapters, steps = self._weights
         return (
             self._curve(f.forward_tokens)
-            + w[0] * f.kv_tokens_read
-            + w[1] * f.attention_products
-            + w[2] * f.num_sequences
-            + w[3] * f.loss_tokens
-            + w[4] * f.backward_token_layers
-            + w[5] * f.num_backward_slices
-            + w[6] * f.num_adapters
-            + w[7] * f.optimizer_steps
+            + kv * f.kv_tokens_read
+            + products * f.attention_products
+            + sequences * f.num_sequences
+            + loss * f.loss_tokens
+            + backward * f.backward_token_layers
+            + slices * f.num_backward_slices
+            + adapters * f.num_adapters
+            + steps * f.optimizer_steps
         )
 
     def decode_s(self, context: int) -> float:
@@ -202,6 +205,39 @@ class CostModel:
         for window in (self._errors, self._misses, self._speeds):
             window.clear()
         self._tabulate()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What predictions follow from, as JSON-able values, and how far off the last ones were."""
+        return {
+            "curve": {str(knot): value for knot, value in zip(KNOTS, self._curve_values, strict=True)},
+            "weights": dict(zip(_LINEAR_NAMES, self._weights, strict=True)),
+            "error_p50": self.error_p50,
+            "error_p95": self.error_p95,
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> CostModel:
+        """A model that predicts as the one did that wrote `values`, and has observed nothing.
+
+        Raises:
+            ValueError: a knot or weight is missing, unknown, negative, or the curve falls.
+        """
+        curve, weights = values.get("curve"), values.get("weights")
+        if not isinstance(curve, Mapping) or list(curve) != [str(knot) for knot in KNOTS]:
+            raise ValueError(f"`curve` must map the forward tokens {', '.join(map(str, KNOTS))} to seconds")
+        if not isinstance(weights, Mapping) or set(weights) != set(_LINEAR_NAMES):
+            raise ValueError(f"`weights` must have exactly {', '.join(_LINEAR_NAMES)}")
+        levels = [0.0, *(float(value) for value in curve.values())]
+        theta = [high - low for low, high in pairwise(levels)]
+        theta += [float(weights[name]) for name in _LINEAR_NAMES]
+        if min(theta) < 0.0:
+            raise ValueError("`curve` must not fall, and no weight may be negative")
+        model = CostModel()
+        model._theta = theta
+        model._prior = _Normal.of_parameters([max(value, _LEAST_WEIGHT) for value in theta])
+        model._prior_theta = list(theta)
+        model._tabulate()
+        return model
 
     def observe(self, features: Features, elapsed_s: float) -> None:
         """Learn from an iteration that took `elapsed_s`.
@@ -251,7 +287,9 @@ class CostModel:
     def _curve(self, num_tokens: int) -> float:
         if num_tokens <= 0:
             return 0.0
-        idx = min(bisect_right(KNOTS, num_tokens) - 1, len(self._slopes) - 1)
+        idx = bisect_right(KNOTS, num_tokens) - 1
+        if idx == len(self._slopes):
+            idx -= 1
         return self._curve_values[idx] + (num_tokens - KNOTS[idx]) * self._slopes[idx]
 
     def _error_at(self, quantile: float) -> float:

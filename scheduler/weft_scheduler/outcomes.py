@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +14,7 @@ class StepResult:
     elapsed_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceToken:
+class SequenceToken(NamedTuple):
     """A sequence has got a token; with a `finish_reason` it was the last one.
 
     `num_cached_tokens` of its prompt were in the prefix cache when it was first admitted.

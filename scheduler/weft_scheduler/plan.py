@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class SegmentKind(Enum):
@@ -17,8 +18,7 @@ class SegmentKind(Enum):
     TRAIN = "train"
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive tokens of one sequence (or finetuning pack) in the flat forward batch.
 
     Tokens `[start, start + num_tokens)` are computed; keys and values of `[0, start)` are already cached in
@@ -37,8 +37,7 @@ class Segment:
     with_loss: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BackwardSlice:
+class BackwardSlice(NamedTuple):
     """One (layer, window) of a backward wave: every pack of the wave that has such a window takes part.
 
     Windows are numbered from the start of a pack, `window_tokens` each (the last may be shorter); a wave

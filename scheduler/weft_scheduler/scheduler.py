@@ -1,8 +1,8 @@
 """The scheduler: turns requests, packs, clocks and sizes into plans, and results into outcomes.
 
-`plan` reads as the policy: bring adapters nearer, decode everything that runs, continue and admit prompts,
-and give finetuning what the latency budget leaves. Owns no tensors, threads or clocks; `now` is any monotonic
-time in seconds.
+`plan` brings adapters nearer, then asks the policy (`policies.WeftPolicy`): decode everything that runs,
+continue and admit prompts, and give finetuning what the latency budget leaves. Owns no tensors, threads or
+clocks; `now` is any monotonic time in seconds.
 
 What may exceed the budget (everything else keeps `predicted_s` ≤ `budget_s`):
 - decodes are never held back, and prompts get `MIN_PREFILL_TOKENS` tokens in every plan;
@@ -26,15 +26,14 @@ from weft_scheduler.budget import BudgetController, LatencyTargets
 from weft_scheduler.cost import CostModel
 from weft_scheduler.draft import InFlight, PlanDraft
 from weft_scheduler.drain import TenantQueue
-from weft_scheduler.inference_policy import make_room_for_the_overdue, plan_decodes, plan_prefills
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import MemoryPlan, StepPlan
+from weft_scheduler.policies import Policy, WeftPolicy
 from weft_scheduler.prefix import PrefixChain
 from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence, SequenceStatus
 from weft_scheduler.state import SchedulerState
 from weft_scheduler.training import PackSpec, PackStatus
-from weft_scheduler.training_policy import num_kept_blocks, plan_training, trickle_is_due
 
 __all__ = [
     "Outcome",
@@ -58,9 +57,10 @@ class Scheduler:
         cost: CostModel,
         targets: LatencyTargets,
         tenant_weights: Mapping[str, float] | None = None,
+        policy: Policy | None = None,
     ) -> None:
         """Start empty; `cost` is refitted by commits. Tenants that `tenant_weights` does not name have weight
-        1.
+        1. Without a `policy` (this scheduler's alone) it is Weft's.
 
         Raises:
             ValueError: a weight is not positive.
@@ -69,6 +69,7 @@ class Scheduler:
         self.cost = cost
         self.budget = BudgetController(targets, limits.max_inflight)
         self._state = SchedulerState(limits, cost)
+        self._policy = WeftPolicy() if policy is None else policy
         self._in_flight: deque[InFlight] = deque()
         self._iteration = 0
         self._num_arrivals = 0
@@ -280,17 +281,7 @@ class Scheduler:
 
         expired = self._expire(now)
         bring_adapters_nearer(state, now)
-        make_room_for_the_overdue(state, draft)
-        plan_decodes(state, draft)
-        budget_s = self.budget.decode_budget_s if draft.num_decodes else self.budget.open_budget_s
-        is_due = trickle_is_due(state)
-        num_kept_tokens = self.limits.window_tokens if is_due else 0
-        plan_prefills(state, draft, budget_s, num_kept_tokens, num_kept_blocks(state, now))
-        left_s = min(budget_s, self.budget.decode_budget_s) if draft.forward else budget_s
-        if is_due or not self.budget.wants_probe(draft.num_decodes, draft.num_prefill_tokens):
-            plan_training(state, draft, left_s, is_due=is_due)
-        if draft.is_empty:
-            plan_prefills(state, draft, budget_s, yields=False)
+        budget_s = self._policy.fill(state, draft, self.budget)
 
         made = self._finish(draft, budget_s, expired)
         if not made.plan.is_empty:

@@ -106,7 +106,8 @@ class Wave:
     @property
     def num_windows(self) -> int:
         """Windows of its longest pack."""
-        return max(pack.num_windows for pack in self.packs)
+        packs = self.packs
+        return packs[0].num_windows if len(packs) == 1 else max(pack.num_windows for pack in packs)
 
     @property
     def is_between_layers(self) -> bool:
@@ -115,7 +116,8 @@ class Wave:
 
     def members(self) -> list[Pack]:
         """The packs that take part in the next slice."""
-        return [pack for pack in self.packs if pack.num_windows > self.window]
+        window = self.window
+        return [pack for pack in self.packs if pack.num_windows > window]
 
 
 class TrainingQueue:
@@ -241,6 +243,16 @@ class TrainingQueue:
         start = window * self.window_tokens
         return start, min(self.window_tokens, pack.spec.num_tokens - start)
 
+    def slice_tokens(self, wave: Wave) -> int:
+        """Tokens of the wave's next slice."""
+        start, most = wave.window * self.window_tokens, self.window_tokens
+        tokens = 0
+        for pack in wave.packs:
+            rest = pack.spec.num_tokens - start
+            if rest > 0:
+                tokens += rest if rest < most else most
+        return tokens
+
     def forwarded(self, pack: Pack) -> bool:
         """The pack's next window is planned; returns whether that completes its first forward."""
         pack.next_window += 1
@@ -271,7 +283,7 @@ class TrainingQueue:
         """
         members = wave.members()
         part = BackwardSlice(
-            wave.wave_id, tuple(pack.spec.pack_id for pack in members), wave.layer, wave.window
+            wave.wave_id, tuple([pack.spec.pack_id for pack in members]), wave.layer, wave.window
         )
         for pack in members:
             pack.last_planned = iteration

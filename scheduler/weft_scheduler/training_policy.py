@@ -56,10 +56,8 @@ def num_kept_blocks(state: SchedulerState, now_s: float) -> int:
 
 def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, is_due: bool) -> None:
     """Add units of finetuning within the budget; at least one if `is_due` or if the plan would be empty."""
-    training = state.training
     if draft.must_finish_layer:
-        while training.wave is not None and not training.wave.is_between_layers:
-            _add_slice(state, draft, training.wave, inf)
+        finish_layer(state, draft)
     _admit_packs(state, draft)
     _add_steps(state, draft, budget_s)
     _add_windows(state, draft, budget_s)
@@ -69,6 +67,39 @@ def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, i
         _force_one(state, draft)
     is_idle = is_runnable(state) and not draft.num_training_units
     state.num_idle_training_plans = state.num_idle_training_plans + 1 if is_idle else 0
+
+
+def plan_capped_training(state: SchedulerState, draft: PlanDraft, max_tokens: int, max_layers: int) -> None:
+    """Add a fixed amount of finetuning, whatever it takes: due optimizer steps, and either forward windows of
+    at most `max_tokens` tokens (one window if that is above 0) or the wave through `max_layers` layers.
+    """
+    training = state.training
+    _admit_packs(state, draft)
+    _add_steps(state, draft, inf)
+    if training.wave is None:
+        left = max_tokens
+        for pack in training.alive:
+            while pack.status is PackStatus.FORWARDING:
+                num_tokens = training.window_range(pack, pack.next_window)[1]
+                is_over = num_tokens > left and (left < max_tokens or max_tokens <= 0)
+                if is_over or not _add_window(state, draft, pack, inf):
+                    return
+                left -= num_tokens
+        if left < max_tokens:
+            return
+    for _ in range(max_layers):
+        wave = training.next_wave()
+        if wave is None:
+            return
+        _add_slice(state, draft, wave, inf)
+        finish_layer(state, draft)
+
+
+def finish_layer(state: SchedulerState, draft: PlanDraft) -> None:
+    """Take the wave to the end of the layer that it is in, whatever the budget."""
+    training = state.training
+    while training.wave is not None and not training.wave.is_between_layers:
+        _add_slice(state, draft, training.wave, inf)
 
 
 def _due_jobs(state: SchedulerState) -> Iterator[Job]:
@@ -174,7 +205,8 @@ def _add_window(state: SchedulerState, draft: PlanDraft, pack: Pack, budget_s: f
 
 def _add_slice(state: SchedulerState, draft: PlanDraft, wave: Wave, budget_s: float) -> bool:
     num_done = len(draft.done)
-    slots = tuple(_slot(state, state.training.jobs[pack.spec.job_id]) for pack in wave.members())
+    jobs = state.training.jobs
+    slots = tuple([_slot(state, jobs[pack.spec.job_id]) for pack in wave.members()])
     is_added = draft.try_add_slice(state.training, wave, slots, budget_s)
     for pack in draft.done[num_done:]:
         state.blocks.free(pack.block_ids, draft.iteration)

@@ -1,4 +1,4 @@
-"""The command line: `weft serve`, `weft demo`, `weft keys new`.
+"""The command line: `weft serve`, `weft demo`, `weft keys new`, `weft simulate`.
 
 Owns flags and exit codes (0 done, 1 failed at run time, 2 usage or configuration, 130 interrupted).
 Everything else is imported when a command needs it, so that `weft --help` stays quick.
@@ -16,6 +16,7 @@ from typing import NoReturn
 from weft_server import __version__
 from weft_server.config import CONFIG_ENV, OPTIONS, Option, load_settings
 from weft_server.errors import ConfigError, WeftError
+from weft_server.simulate.arguments import add_simulate_arguments
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -103,6 +104,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--admin", action="store_true", help="give the tenant admin rights (/metrics)")
     new.set_defaults(run=_new_key, parser=new)
+
+    simulate = commands.add_parser(
+        "simulate",
+        help="replay a trace through the scheduler without a GPU",
+        description="Replay a trace of requests, with finetune jobs beside it, through the scheduler on a "
+        "simulated device: latencies, attainment, finetuning tokens/s, fairness, and how many GPUs it takes.",
+        allow_abbrev=False,
+    )
+    add_simulate_arguments(simulate)
+    simulate.set_defaults(run=_simulate, parser=simulate)
     return parser
 
 
@@ -142,6 +153,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     from weft_server.demo.main import run_demo
 
     return run_demo(settings, exit_when_done=arguments.exit_when_done)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from weft_server.simulate.main import run_simulate
+
+    return run_simulate(arguments)
 
 
 def _new_key(arguments: argparse.Namespace) -> int:

@@ -10,14 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from weft_scheduler.budget import LatencyTargets
 from weft_scheduler.cost import CostModel
+from weft_scheduler.policies import Policy
 from weft_scheduler.scheduler import Scheduler
+from weft_scheduler.simulator.fitted import describe
 from weft_server.adapters.arena import AdapterArena
 from weft_server.adapters.fetch import AdapterFetcher
 from weft_server.adapters.host_cache import HostCache
@@ -54,6 +57,8 @@ class BuiltEngine:
 
     engine: Engine
     ready: EngineReady
+    describe_device: Callable[[], dict[str, Any]]
+    """What the scheduler has learnt of the device, for simulations."""
 
 
 def build_engine(
@@ -92,6 +97,7 @@ def assemble_engine(
     record_plan: Callable[[list[str]], None] | None = None,
     sizes: Sizes | None = None,
     clock: Callable[[], float] = time.monotonic,
+    policy: Policy | None = None,
 ) -> BuiltEngine:
     """An engine over loaded weights.
 
@@ -102,6 +108,7 @@ def assemble_engine(
         record_plan: told the requests and jobs of every iteration before it runs.
         sizes: replaces what would be chosen from the configuration and the device.
         clock: the time that scheduling and retries go by, in seconds.
+        policy: for benchmarks: how iterations are shared; a server's is Weft's.
 
     Raises:
         ConfigError: sizes that cannot be honoured.
@@ -135,7 +142,7 @@ def assemble_engine(
     targets = _targets(config, device, calibration.unloaded_decode_s)
     cost = CostModel()
     cost.calibrate(calibration.samples)
-    scheduler = Scheduler(limits, cost, targets)
+    scheduler = Scheduler(limits, cost, targets, policy=policy)
     for tenant, weight in (config.tenant_weights or {}).items():
         scheduler.set_weight(tenant, weight)
     scheduler.set_max_concurrency(config.tenant_max_concurrency or {})
@@ -170,7 +177,15 @@ def assemble_engine(
         record_plan=record_plan,
         clock=clock,
     )
-    return BuiltEngine(engine, _announcement(weights, sizes, targets, scheduler, base_fingerprint))
+    describe_device = partial(
+        describe,
+        scheduler,
+        model=config.model_name,
+        device=str(device),
+        max_pack_tokens=sizes.max_pack_tokens,
+    )
+    announcement = _announcement(weights, sizes, targets, scheduler, base_fingerprint)
+    return BuiltEngine(engine, announcement, describe_device)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ process keeps open: its end means that the API process is gone, and the engine w
 from __future__ import annotations
 
 import faulthandler
+import json
 import logging
 import os
 import signal
@@ -42,6 +43,10 @@ Build: TypeAlias = Callable[[EngineConfig, BlobIO, FlightRecorder], BuiltEngine]
 
 STUCK_AFTER_S = 60.0
 """An iteration that lasts longer is taken to hang: the latency budget allows for a tenth of it."""
+
+COST_MODEL_FILE = "cost_model.json"
+"""In the data folder: the fitted cost model, written when the engine stops."""
+
 _HEARTBEAT_S = 0.5
 _IDLE_POLL_S = 0.5
 _BUSY_POLL_S = 0.002
@@ -121,11 +126,12 @@ def _serve(
     beat = (built.engine, sender, watch, stuck_after_s)
     threading.Thread(target=_beat, args=beat, name="heartbeat", daemon=True).start()
     sender.send(built.ready)
-    _loop(built, inbox, sender, recorder, watch)
+    _loop(config, built, inbox, sender, recorder, watch)
     return 0
 
 
 def _loop(
+    config: EngineConfig,
     built: BuiltEngine,
     inbox: SimpleQueue[ToEngine],
     sender: _Sender,
@@ -147,7 +153,17 @@ def _loop(
     # Not watched: saving may take long, and the API process has a limit of its own for it.
     for last in engine.shut_down():
         sender.send(last)
+    _write_cost_model(built, Path(config.data_dir))
     engine.close()
+
+
+def _write_cost_model(built: BuiltEngine, data_dir: Path) -> None:
+    """Leave what was learnt of this device to `weft simulate`; a full disk loses no more than that."""
+    path = data_dir / COST_MODEL_FILE
+    try:
+        path.write_text(json.dumps(built.describe_device(), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error)
 
 
 def _take(inbox: SimpleQueue[ToEngine], engine: Engine) -> list[ToEngine]:

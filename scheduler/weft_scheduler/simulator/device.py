@@ -1,0 +1,115 @@
+"""The simulated device: takes plans, says how long each takes and which tokens it samples.
+
+It counts the work of a plan by itself, from the plan and the packs it knows; it shares no number with what
+the scheduler believes.
+"""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+from weft_scheduler.plan import SegmentKind, StepPlan
+from weft_scheduler.simulator.device_model import DeviceModel, Work
+from weft_scheduler.training import PackSpec
+
+STOP_TOKEN = 1
+OTHER_TOKEN = 0
+
+
+class SimulatedDevice:
+    """Runs plans in no time and says how long they would have taken."""
+
+    def __init__(
+        self,
+        model: DeviceModel,
+        *,
+        window_tokens: int,
+        elements_by_slot: dict[int, int],
+        noise: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """`noise` is the standard deviation of the logarithm of the times (0.1: about 10 %); its mean is
+        kept. `elements_by_slot` is the arena's table, kept by the caller.
+        """
+        self._model = model
+        self._window_tokens = window_tokens
+        self._elements_by_slot = elements_by_slot
+        self._noise = noise
+        self._random = Random(f"noise/{seed}")
+        self._packs: dict[str, tuple[PackSpec, int]] = {}
+        self._left: dict[str, int] = {}
+
+    def add_sequence(self, sequence_id: str, num_output_tokens: int) -> None:
+        """The sequence stops with its `num_output_tokens`-th token."""
+        self._left[sequence_id] = num_output_tokens
+
+    def remove_sequence(self, sequence_id: str) -> None:
+        """Forget a sequence."""
+        self._left.pop(sequence_id, None)
+
+    def add_pack(self, spec: PackSpec, adapter_elements: int) -> None:
+        """A pack that plans may name; its job's adapter has `adapter_elements` elements."""
+        self._packs[spec.pack_id] = (spec, adapter_elements)
+
+    def remove_pack(self, pack_id: str) -> None:
+        """Forget a pack."""
+        self._packs.pop(pack_id, None)
+
+    def run(self, plan: StepPlan, stepped_elements: int) -> tuple[dict[str, int], float, Work]:
+        """The sampled tokens, the seconds and the work of a plan."""
+        work = Work(stepped_elements=stepped_elements, optimizer_steps=len(plan.optimizer_steps))
+        sampled = self._forward(plan, work)
+        self._backward(plan, work)
+        seconds = self._model.seconds(work)
+        if self._noise:
+            seconds *= math.exp(self._random.gauss(-0.5 * self._noise**2, self._noise))
+        return sampled, seconds, work
+
+    def _forward(self, plan: StepPlan, work: Work) -> dict[str, int]:
+        sampled: dict[str, int] = {}
+        slots = set()
+        left, decode = self._left, SegmentKind.DECODE
+        num_decodes = kv_tokens = 0
+        for segment in plan.forward:
+            slots.add(segment.adapter_slot)
+            name = segment.sequence_id
+            if segment.kind is decode:
+                num_decodes += 1
+                kv_tokens += segment.start + 1
+                # A plan made before the stop token was known decodes once more; that token is discarded.
+                left[name] = remaining = left[name] - 1
+                sampled[name] = STOP_TOKEN if remaining <= 0 else OTHER_TOKEN
+                continue
+            end = segment.start + segment.num_tokens
+            work.forward_tokens += segment.num_tokens
+            kv_tokens += end
+            work.attention_products += segment.num_tokens * end
+            if segment.kind is SegmentKind.TRAIN:
+                if segment.with_loss:
+                    spec = self._packs[name][0]
+                    work.loss_tokens += -(-spec.num_target_tokens * segment.num_tokens // spec.num_tokens)
+            elif segment.samples:
+                left[name] = remaining = left[name] - 1
+                sampled[name] = STOP_TOKEN if remaining <= 0 else OTHER_TOKEN
+        work.forward_tokens += num_decodes
+        work.kv_tokens_read = kv_tokens
+        work.num_sequences = len(sampled)
+        slots.discard(None)
+        work.num_adapters = len(slots)
+        work.adapter_elements = sum(self._elements_by_slot[slot] for slot in slots if slot is not None)
+        return sampled
+
+    def _backward(self, plan: StepPlan, work: Work) -> None:
+        adapters: dict[str, int] = {}
+        for part in plan.backward:
+            start = part.window * self._window_tokens
+            for pack_id in part.pack_ids:
+                spec, elements = self._packs[pack_id]
+                num_tokens = min(self._window_tokens, spec.num_tokens - start)
+                work.backward_token_layers += num_tokens
+                work.backward_products += num_tokens * (start + num_tokens)
+                adapters[spec.adapter] = elements
+        work.num_backward_slices = len(plan.backward)
+        work.num_adapters += len(adapters)
+        work.adapter_elements += sum(adapters.values())

@@ -1,0 +1,167 @@
+"""How long the simulated device takes for what a plan computes: a roofline, or a model fitted on a real one.
+
+    forward  = max(weights / bandwidth + keys and values / bandwidth, products / rate) + attention + head
+    slice    = max(a layer's weights twice / bandwidth, products / rate) + attention
+    no faster than its kernels can be started, plus a constant for every iteration
+
+This is the *true* time of the simulation. What the scheduler believes is fitted from it, as on a real device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from weft_scheduler.cost import CostModel, PlanFeatures
+from weft_scheduler.limits import Limits
+from weft_scheduler.simulator.gpus import Gpu, keeps_expansion
+from weft_scheduler.simulator.shapes import DENSE_BYTES, WEIGHT_BYTES, ModelShape
+
+LAUNCHES_PER_LAYER = 14
+LAUNCHES_PER_SLICE = 40
+OPTIMIZER_BYTES_PER_ELEMENT = 30
+"""AdamW in fp32 reads four vectors, writes three, and writes the bf16 copy."""
+
+RECOMPUTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+"""What a backward slice computes again; the down projection is not needed."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What one plan computes: the fields of `PlanFeatures`, and what the device alone needs to know.
+
+    `backward_products` sums tokens · context over backward slices (per layer), `adapter_elements` the
+    elements of the distinct adapters, `stepped_elements` those of adapters whose optimizer step runs.
+    """
+
+    forward_tokens: int = 0
+    kv_tokens_read: int = 0
+    attention_products: int = 0
+    num_sequences: int = 0
+    loss_tokens: int = 0
+    backward_token_layers: int = 0
+    num_backward_slices: int = 0
+    num_adapters: int = 0
+    optimizer_steps: int = 0
+    backward_products: int = 0
+    adapter_elements: int = 0
+    stepped_elements: int = 0
+
+
+class DeviceModel(Protocol):
+    """The time of an iteration on some device."""
+
+    def seconds(self, work: Work) -> float:
+        """Seconds from the start of the iteration to its end."""
+        ...
+
+
+class Roofline:
+    """A device from its published figures and a model's shape."""
+
+    def __init__(self, shape: ModelShape, gpu: Gpu, quantization: str) -> None:
+        """Raises KeyError for an unknown quantization."""
+        self.shape, self.gpu, self.quantization = shape, gpu, quantization
+        self.bytes_per_s = gpu.bandwidth * gpu.memory_efficiency
+        self.flops_per_s = gpu.flops * gpu.compute_efficiency
+        self._fused_s = shape.decoder_weights * WEIGHT_BYTES[quantization] / self.bytes_per_s
+        self._dense_s = shape.decoder_weights * self._dense_weight_bytes() / self.bytes_per_s
+        self._flops_per_row = 2.0 * shape.decoder_weights
+        self._kv_s = shape.kv_bytes_per_token / self.bytes_per_s
+        self._product_s = shape.attention_flops(1.0) / self.flops_per_s
+        self._head_s = shape.head_weights * DENSE_BYTES / self.bytes_per_s
+        self._head_row_s = 2.0 * shape.head_weights / self.flops_per_s
+        recomputed = sum(a * b for name, (a, b) in shape.modules.items() if name in RECOMPUTED_MODULES)
+        self._slice_row_s = 2.0 * (recomputed + shape.layer_weights) / self.flops_per_s
+        self._slice_weights_s = 2.0 * self._dense_s / shape.num_layers
+
+    def _dense_weight_bytes(self) -> float:
+        """Bytes moved per weight in a batch of many rows: read dense, or dequantized into scratch before."""
+        if self.quantization == "none" or keeps_expansion(self.shape, self.gpu, self.quantization):
+            return DENSE_BYTES
+        return WEIGHT_BYTES[self.quantization] + 2.0 * DENSE_BYTES
+
+    def seconds(self, work: Work) -> float:
+        """Seconds of one iteration; see the module's formula."""
+        gpu, shape = self.gpu, self.shape
+        busy_s, num_launches = 0.0, 0
+        if work.forward_tokens:
+            busy_s += self.forward_s(work)
+            num_launches += LAUNCHES_PER_LAYER * shape.num_layers
+        if work.num_backward_slices:
+            busy_s += self.backward_s(work)
+            num_launches += LAUNCHES_PER_SLICE * work.num_backward_slices
+        busy_s += work.adapter_elements * DENSE_BYTES / self.bytes_per_s
+        busy_s += work.stepped_elements * OPTIMIZER_BYTES_PER_ELEMENT / self.bytes_per_s
+        return max(busy_s, num_launches * gpu.launch_s) + gpu.overhead_s
+
+    def forward_s(self, work: Work) -> float:
+        """The forward batch: linears against their weights, attention, head and loss."""
+        rows = work.forward_tokens
+        weights_s = self._fused_s if rows <= self.gpu.fused_rows else self._dense_s
+        linears_s = max(weights_s, rows * self._flops_per_row / self.flops_per_s)
+        attention_s = max(work.kv_tokens_read * self._kv_s, work.attention_products * self._product_s)
+        head_s = 0.0
+        if work.num_sequences or work.loss_tokens:
+            # The loss multiplies by the head twice: logits, then the gradient of the hidden state.
+            rows = work.num_sequences + 2 * work.loss_tokens
+            head_s = max(self._head_s, rows * self._head_row_s)
+        return linears_s + attention_s + head_s
+
+    def backward_s(self, work: Work) -> float:
+        """All backward slices: what they recompute, the gradients of inputs, attention's backward."""
+        weights_s = work.num_backward_slices * self._slice_weights_s
+        products_s = work.backward_token_layers * self._slice_row_s
+        # Attention once more forward, then five products where the forward has two.
+        attention_s = 3.5 * work.backward_products * self._product_s / self.shape.num_layers
+        return max(weights_s, products_s) + attention_s
+
+
+class FittedDevice:
+    """A device as a cost model learnt it in a real run (`CostModel.to_dict`)."""
+
+    def __init__(self, cost: CostModel) -> None:
+        """Answer with the predictions of `cost`, which is not changed."""
+        self._cost = cost
+
+    def seconds(self, work: Work) -> float:
+        """The prediction, at least a microsecond."""
+        return max(self._cost.predict(work), 1e-6)
+
+
+def calibration_samples(device: DeviceModel, limits: Limits) -> list[tuple[PlanFeatures, float]]:
+    """The measurements that an engine makes at its start, on this device: decodes, prompts, one pack."""
+    features = [_decodes(num) for num in (1, 4, 16, 32) if num <= limits.max_num_seqs]
+    most = min(limits.max_batch_tokens, limits.max_model_len - 1, limits.capacity_tokens)
+    features += [_prompt(num) for num in (16, 64, 128, 256, 512, 1024) if num <= most]
+    window = min(limits.window_tokens, limits.max_pack_tokens, limits.max_batch_tokens)
+    if window >= 2:
+        features.append(PlanFeatures(window, window, window * window, loss_tokens=window))
+        features.append(
+            PlanFeatures(
+                backward_token_layers=window * limits.num_layers, num_backward_slices=limits.num_layers
+            )
+        )
+    return [(item, device.seconds(_work(item, limits))) for item in features]
+
+
+def _decodes(num: int) -> PlanFeatures:
+    return PlanFeatures(forward_tokens=num, kv_tokens_read=33 * num, num_sequences=num)
+
+
+def _prompt(num: int) -> PlanFeatures:
+    return PlanFeatures(num, num, num * num, num_sequences=1)
+
+
+def _work(features: PlanFeatures, limits: Limits) -> Work:
+    window = min(limits.window_tokens, limits.max_pack_tokens)
+    return Work(
+        forward_tokens=features.forward_tokens,
+        kv_tokens_read=features.kv_tokens_read,
+        attention_products=features.attention_products,
+        num_sequences=features.num_sequences,
+        loss_tokens=features.loss_tokens,
+        backward_token_layers=features.backward_token_layers,
+        num_backward_slices=features.num_backward_slices,
+        backward_products=features.num_backward_slices * window * window // 2,
+    )

@@ -1,0 +1,1 @@
+"""`weft simulate`: traces replayed through the scheduler without a GPU."""

@@ -1,0 +1,220 @@
+"""The options of `weft simulate`: flags, and the small languages of `--jobs`, `--slo` and `--weights`.
+
+Imports nothing that draws or computes, so that `weft --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from weft_scheduler.simulator.gpus import GPUS
+from weft_scheduler.simulator.jobs import JobSpec
+from weft_scheduler.simulator.report import Slo
+from weft_scheduler.simulator.shapes import SHAPES, WEIGHT_BYTES
+from weft_server.errors import ConfigError
+
+POLICY_NAMES = ("weft", "static-cap", "alternating", "no-coserving")
+_JOB_KEYS = ("batch", "tokens", "max_tokens", "steps", "rank", "tenants")
+_SLO_KEYS = ("tpot", "ttft", "percentile")
+MAX_REPLICAS = 256
+
+
+def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    """All flags of the command."""
+    parser.add_argument(
+        "trace",
+        metavar="TRACE",
+        help="a file, or azure:FILE, mooncake:FILE, servegen:FILE; the format is told from the content",
+    )
+    what = parser.add_argument_group("what runs")
+    what.add_argument(
+        "--model",
+        default="llama-3.1-8b",
+        metavar="CONFIG",
+        help=f"config.json or its folder, demo, or {', '.join(SHAPES)} (default: %(default)s)",
+    )
+    what.add_argument(
+        "--gpu",
+        default="h200",
+        metavar="GPU",
+        help=f"{', '.join(GPUS)}, or a cost_model.json that a server wrote (default: %(default)s)",
+    )
+    what.add_argument(
+        "--quantization", default="nf4", choices=tuple(WEIGHT_BYTES), help="weights (default: %(default)s)"
+    )
+    what.add_argument("--max-model-len", type=_whole, metavar="N", help="context (default: the model's)")
+    what.add_argument(
+        "--jobs",
+        default="1",
+        metavar="SPEC",
+        help="finetune jobs: N, or N:batch=8,tokens=512,max_tokens=2048,steps=100,rank=16,tenants=2; without "
+        "steps they never end (default: %(default)s)",
+    )
+    what.add_argument("--policy", default="weft", choices=POLICY_NAMES, help="(default: %(default)s)")
+    what.add_argument(
+        "--slo",
+        default="",
+        metavar="SPEC",
+        help="tpot=50,ttft=2000,percentile=95: milliseconds (default: that, or what FILE was run with)",
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--rate", type=_positive, metavar="R", help="requests a second (default: the trace's)")
+    load.add_argument("--rate-scale", type=_positive, default=1.0, metavar="F", help="times as many a second")
+    load.add_argument("--length-scale", type=_positive, default=1.0, metavar="F", help="times as long")
+    load.add_argument("--start", type=_from_zero, default=0.0, metavar="S", help="begin at this second")
+    load.add_argument("--duration", type=_positive, metavar="S", help="only so many seconds of arrivals")
+    load.add_argument("--tenants", type=_whole, metavar="N", help="spread requests over N tenants")
+    load.add_argument("--weights", default="", metavar="T=W,…", help="weights of tenants (default: 1)")
+    load.add_argument("--adapters", type=_count, default=0, metavar="N", help="adapters, by a power law")
+    load.add_argument("--adapter-ranks", default="16", metavar="R,…", help="their ranks, in turn")
+    load.add_argument("--seed", type=_count, default=0, metavar="N", help="of all draws (default: 0)")
+    load.add_argument("--noise", type=_from_zero, metavar="X", help="spread of the device's times")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
+    output.add_argument("--png", type=Path, metavar="DIR", help="draw timeline and curves (needs matplotlib)")
+    output.add_argument(
+        "--window", default="0:3", metavar="S:E", help="seconds that the timeline shows (default: 0:3)"
+    )
+    output.add_argument(
+        "--plan-gpus",
+        nargs="?",
+        const=16,
+        type=_whole,
+        metavar="MAX",
+        help="find how many such GPUs the trace needs, trying up to MAX (default: 16)",
+    )
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number above 0")
+    return value
+
+
+def _from_zero(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number from 0")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a whole number from 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a whole number from 0")
+    return value
+
+
+def read_jobs(text: str) -> tuple[JobSpec, ...]:
+    """`N` or `N:key=value,…` as jobs; `tenants=K` gives them to K tenants in turn.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    count, _, rest = text.partition(":")
+    num = _integer("--jobs", count, 0)
+    values = {
+        key: _integer(f"--jobs: {key}", value, 1) for key, value in _pairs("--jobs", rest, _JOB_KEYS).items()
+    }
+    num_tenants = values.pop("tenants", 1)
+    names = {"batch": "batch_size", "tokens": "example_tokens", "max_tokens": "max_example_tokens"}
+    names |= {"steps": "num_steps", "rank": "rank"}
+    options = {names[key]: value for key, value in values.items()}
+    options.setdefault("max_example_tokens", max(2048, 4 * options.get("example_tokens", 0)))
+    return tuple(JobSpec(f"job-{idx}", f"trainer-{idx % num_tenants:02d}", **options) for idx in range(num))
+
+
+def read_slo(text: str, default: Slo) -> Slo:
+    """`tpot=50,ttft=2000,percentile=95`; what is left out is the default's.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    values = {key: _number(f"--slo: {key}", value) for key, value in _pairs("--slo", text, _SLO_KEYS).items()}
+    percentile = values.get("percentile", default.percentile)
+    if percentile > 100.0:
+        raise ConfigError(f"--slo: percentile: {percentile:g} is not allowed. Allowed: above 0, at most 100.")
+    return Slo(
+        tpot_s=values["tpot"] / 1000 if "tpot" in values else default.tpot_s,
+        ttft_s=values["ttft"] / 1000 if "ttft" in values else default.ttft_s,
+        percentile=percentile,
+    )
+
+
+def read_weights(text: str, tenants: Sequence[str]) -> dict[str, float]:
+    """`tenant=weight,…` of tenants that the trace has.
+
+    Raises:
+        ConfigError: an unknown tenant, or a weight that is not positive.
+    """
+    return {
+        name: _number(f"--weights: {name}", value)
+        for name, value in _pairs("--weights", text, tenants).items()
+    }
+
+
+def read_ranks(text: str) -> tuple[int, ...]:
+    """`8,16,32`.
+
+    Raises:
+        ConfigError: not numbers from 1.
+    """
+    return tuple(_integer("--adapter-ranks", part, 1) for part in text.split(","))
+
+
+def read_window(text: str) -> tuple[float, float]:
+    """`S:E` in seconds.
+
+    Raises:
+        ConfigError: not two numbers in order.
+    """
+    start, _, end = text.partition(":")
+    try:
+        window = (float(start), float(end))
+    except ValueError:
+        window = (0.0, 0.0)
+    if not 0.0 <= window[0] < window[1]:
+        raise ConfigError(f"--window: {text!r} is not allowed. Allowed: START:END in seconds, as 10:13.")
+    return window
+
+
+def _pairs(flag: str, text: str, allowed: Sequence[str]) -> Mapping[str, str]:
+    pairs: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if key not in allowed or not equals:
+            raise ConfigError(
+                f"{flag}: {part!r} is not allowed. Allowed: KEY=VALUE with {', '.join(allowed)}."
+            )
+        pairs[key] = value
+    return pairs
+
+
+def _integer(source: str, text: str, lowest: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = lowest - 1
+    if value < lowest:
+        raise ConfigError(f"{source}: {text!r} is not allowed. Allowed: a whole number from {lowest}.")
+    return value
+
+
+def _number(source: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise ConfigError(f"{source}: {text!r} is not allowed. Allowed: a number above 0.")
+    return value
