@@ -67,9 +67,8 @@ async def read_form(
     try:
         data = await parser.parse()
     except (MultiPartException, KeyError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else f"it has no {error}"
         raise InvalidRequest(
-            f"The multipart body cannot be read: {reason}.", code="invalid_multipart"
+            f"The multipart body cannot be read: {_reason(error)}.", code="invalid_multipart"
         ) from None
     except OSError as error:
         raise Unavailable(
@@ -85,6 +84,16 @@ async def read_form(
         yield form
     finally:
         await data.close()
+
+
+def _reason(error: MultiPartException | KeyError) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    # What the parser found wrong is the cause of the exception that reports it.
+    reason = str(error.__cause__ or error.message).rstrip(".")
+    if reason == "Maximum header size exceeded":
+        return "a part's header, which holds the names of field and file, is too long; shorten the filename"
+    return reason
 
 
 async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:

@@ -128,6 +128,16 @@ def test_a_body_that_is_no_such_form_is_a_400(live: Any, sent: dict[str, Any]) -
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_filename_beyond_what_a_form_can_hold_is_refused_with_the_remedy(live: Any) -> None:
+    reply = live.http.post(
+        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a" * 10_000 + ".jsonl", b"x")}
+    )
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["code"] == "invalid_multipart"
+    assert error["message"].endswith("is too long; shorten the filename.")
+
+
 @pytest.mark.parametrize(
     "query", ["limit=0", "limit=10001", "limit=x", "order=up", "before=1", "after=file-no"]
 )
