@@ -50,9 +50,18 @@ def tokenized(job: Job, dataset: TokenizedDataset, spec: JobSpec, *, now: float)
     changes: list[Change] = [Link(dataset.blob, blob_owner(job, "dataset"))]
     if job.training_blob is not None:
         changes.append(Unlink(job.training_blob, blob_owner(job, "training")))
-    for count, what in ((dataset.num_truncated, "truncated"), (dataset.num_dropped, "dropped")):
+    longer = f"examples longer than {job.max_seq_length} tokens were"
+    for count, what in (
+        (dataset.num_truncated, f"{longer} truncated"),
+        (dataset.num_dropped, f"{longer} dropped"),
+        (
+            dataset.num_without_targets,
+            f"examples were left out, because truncation to {job.max_seq_length} tokens left nothing of "
+            "their answers to train on",
+        ),
+    ):
         if count:
-            text = f"{count} examples longer than {job.max_seq_length} tokens were {what}"
+            text = f"{count} {what}"
             changes.append(message_event(job, text, now=now, level="warn"))
     text = (
         f"Files validated, moving job to queued state: {dataset.num_examples} examples, {spec.total_steps} "
