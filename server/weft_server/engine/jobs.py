@@ -206,6 +206,7 @@ class JobManager:
                 job.adapter, self._base.dtype, pin_memory=self._base.device.type == "cuda"
             )
             image.weights.copy_(job.optimizer.master.data)
+            self._pager.check_trainable(image)
             self._scheduler.add_training_adapter(job.adapter_key, job.adapter.num_elements)
         except Unavailable as error:
             log.warning("job %s waits for the store: %s", message.job_id, error.message)

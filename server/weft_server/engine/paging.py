@@ -7,6 +7,7 @@ on a CPU.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ from weft_server.adapters.errors import AdapterError, AdapterFetchFailed
 from weft_server.adapters.fetch import AdapterFetcher
 from weft_server.adapters.image import HostImage
 from weft_server.protocol import AdapterRef
+
+log = logging.getLogger(__name__)
+
+_MB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +112,35 @@ class AdapterPager:
                     if done.digest in self._refs:
                         self._fetched[done.digest] = done.image
                     continue
-                error = AdapterError(reason, code="adapter_too_large")
+                log.info("%s", reason)
+                error = self._too_large(done.image, self._scheduler.max_adapter_elements, "a request's")
             error = error or AdapterFetchFailed("the fetch ended without a result")
             waiting = self._scheduler.adapter_failed(done.digest)
             code = error.code or "adapter_error"
             failures.append(FetchFailure(done.digest, waiting, error.status, code, error.message))
         return failures
+
+    def check_trainable(self, image: HostImage) -> None:
+        """Refuse an adapter that no job could train here.
+
+        Raises:
+            AdapterError: `adapter_too_large`.
+        """
+        most = self._scheduler.max_training_adapter_elements
+        if image.num_elements > most:
+            raise self._too_large(image, most, "a job's")
+
+    def _too_large(self, image: HostImage, max_elements: int, whose: str) -> AdapterError:
+        itemsize = image.weights.element_size()
+        arena_bytes = self._arena.num_elements * itemsize
+        wanted_mb = -(-image.nbytes * arena_bytes // max(1, max_elements * itemsize) // _MB)
+        return AdapterError(
+            f"The adapter takes {_mb(image.nbytes)} MiB, but {whose} adapter may take at most "
+            f"{_mb(max_elements * itemsize)} MiB of the adapter arena of {_mb(arena_bytes)} MiB. Use a "
+            "smaller rank or fewer target modules, or let the operator start the server with "
+            f"--adapter-arena-mb {wanted_mb} or more.",
+            code="adapter_too_large",
+        )
 
     @property
     def is_busy(self) -> bool:
@@ -137,3 +165,7 @@ class AdapterPager:
             else:
                 still_loading.append((load, handle))
         self._loading = still_loading
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / _MB:.2f}"

@@ -239,8 +239,13 @@ class GenerationService:
             for num_tokens in generation.prompt_tokens:
                 self._metrics.prompt_accepted(generation.tenant, num_tokens)
             async with aclosing(merge([self._run(choice) for choice in generation.choices])) as outputs:
-                async for output in outputs:
-                    yield output
+                try:
+                    async for output in outputs:
+                        yield output
+                except WeftError as error:
+                    if error.code == "adapter_too_large":
+                        error.message = f"Model '{generation.model}': {error.message}"
+                    raise
 
     async def collect(self, generation: Generation) -> list[FinishedChoice]:
         """Run to the end; the choices in order of their index. Raises as `stream`; cancelling it aborts."""
