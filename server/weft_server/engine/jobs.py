@@ -236,6 +236,7 @@ class JobManager:
     def _begin(self, message: StartJob, future: Future[_LoadedJob], now: float) -> list[FromEngine]:
         try:
             job, image = future.result()
+            self._pager.check_trainable(image)
             self._scheduler.add_training_adapter(job.adapter_key, job.adapter.num_elements)
         except Unavailable as error:
             log.warning("job %s waits for the store: %s", message.job_id, error.message)

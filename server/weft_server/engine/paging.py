@@ -25,6 +25,7 @@ from weft_server.protocol import AdapterRef
 
 log = logging.getLogger(__name__)
 
+_MB = 1 << 20
 _COUNTERS = (
     "adapter_loads",
     "adapter_load_seconds",
@@ -150,7 +151,8 @@ class AdapterPager:
                     if done.digest in self._refs:
                         self._fetched[done.digest] = done.image
                     continue
-                error = AdapterError(reason, code="adapter_too_large")
+                log.info("%s", reason)
+                error = self._too_large(done.image, self._scheduler.max_adapter_elements, "a request's")
             error = error or AdapterFetchFailed("the fetch ended without a result")
             waiting = self._scheduler.adapter_failed(done.digest)
             if done.digest in self._pinned and not waiting:
@@ -162,6 +164,28 @@ class AdapterPager:
     def counters(self) -> dict[str, float]:
         """What has been counted since the start, by metric name without prefix."""
         return dict(self._counts)
+
+    def check_trainable(self, image: HostImage) -> None:
+        """Refuse an adapter that no job could train here.
+
+        Raises:
+            AdapterError: `adapter_too_large`.
+        """
+        most = self._scheduler.max_training_adapter_elements
+        if image.num_elements > most:
+            raise self._too_large(image, most, "a job's")
+
+    def _too_large(self, image: HostImage, max_elements: int, whose: str) -> AdapterError:
+        itemsize = image.weights.element_size()
+        arena_bytes = self._arena.num_elements * itemsize
+        wanted_mb = -(-image.nbytes * arena_bytes // max(1, max_elements * itemsize) // _MB)
+        return AdapterError(
+            f"The adapter takes {_mb(image.nbytes)} MiB, but {whose} adapter may take at most "
+            f"{_mb(max_elements * itemsize)} MiB of the adapter arena of {_mb(arena_bytes)} MiB. Use a "
+            "smaller rank or fewer target modules, or let the operator start the server with "
+            f"--adapter-arena-mb {wanted_mb} or more.",
+            code="adapter_too_large",
+        )
 
     @property
     def is_busy(self) -> bool:
@@ -187,3 +211,7 @@ class AdapterPager:
             else:
                 still_loading.append((load, handle, started_s))
         self._loading = still_loading
+
+
+def _mb(num_bytes: int) -> str:
+    return f"{num_bytes / _MB:.2f}"

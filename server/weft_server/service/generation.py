@@ -294,6 +294,10 @@ class GenerationService:
                         if output.num_cached_tokens is not None:
                             cached[output.idx] = output.num_cached_tokens
                         yield output
+                except WeftError as error:
+                    if error.code == "adapter_too_large":
+                        error.message = f"Model '{generation.model}': {error.message}"
+                    raise
                 finally:
                     self._metrics.prompt_cached(generation.tenant, generation.num_cached_tokens(cached))
 

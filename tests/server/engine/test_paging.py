@@ -162,8 +162,21 @@ def test_an_adapter_larger_than_the_arena_is_refused_with_its_size(harness, make
     h.run()
     failure = h.failures()["large"]
     assert (failure.status, failure.code) == (400, "adapter_too_large")
-    assert "2048 elements" in failure.message
+    # 4096 float32 elements are 16 KiB, of which requests have half.
+    assert "takes 0.08 MiB" in failure.message
+    assert "at most 0.01 MiB of the adapter arena of 0.02 MiB" in failure.message
+    assert "--adapter-arena-mb 1 or more" in failure.message
     assert len(h.tokens("base")) == 12
+
+
+def test_a_job_whose_adapter_is_larger_than_jobs_may_pin_fails_with_the_remedy(harness, make):
+    h = harness(arena_elements=4096, num_adapter_slots=4)
+    h.start_job("large", make.dataset([9, 12]), make.spec())
+    h.run()
+    failure = h.ended("large")
+    assert failure.code == "adapter_too_large"
+    assert "a job's adapter may take at most 0.01 MiB" in failure.message
+    assert "--adapter-arena-mb 1 or more" in failure.message
 
 
 def test_requests_keep_the_version_that_they_started_with(harness, make, oracle):
