@@ -2,6 +2,7 @@
 
 from weft_scheduler.budget import BudgetController, LatencyTargets
 from weft_scheduler.cost import CostModel, PlanFeatures
+from weft_scheduler.drain import TenantQueue
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import (
@@ -14,7 +15,7 @@ from weft_scheduler.plan import (
     StepPlan,
 )
 from weft_scheduler.prefix import PrefixSpec, prefix_root
-from weft_scheduler.requests import RequestSpec
+from weft_scheduler.requests import RequestSpec, ServiceTier
 from weft_scheduler.scheduler import Scheduler
 from weft_scheduler.training import PackSpec
 
@@ -38,8 +39,10 @@ __all__ = [
     "Segment",
     "SegmentKind",
     "SequenceToken",
+    "ServiceTier",
     "StepDone",
     "StepPlan",
     "StepResult",
+    "TenantQueue",
     "prefix_root",
 ]

@@ -149,15 +149,22 @@ def _training_demand(state: SchedulerState, now_s: float) -> list[tuple[Entry, f
 
 def _request_demand(state: SchedulerState, wanted: Iterable[Entry]) -> list[tuple[Entry, float]]:
     """What requests wait for, tenants taking turns, and since when; last what is only pinned."""
+    waiting = state.waiting
     by_tenant: defaultdict[str, list[tuple[int, Sequence, Entry]]] = defaultdict(list)
     pinned: list[tuple[Entry, float]] = []
     for entry in wanted:
         if entry.is_pinned and not entry.num_waiting:
             pinned.append((entry, entry.pinned_since_s))
-        for head, num_waiting in state.waiting.firsts_of(entry.key):
-            by_tenant[head.spec.tenant].append((-num_waiting, head, entry))
+        for head, num_waiting in waiting.waiters_of(entry.key):
+            by_tenant[head.spec.tenant].append((num_waiting, head, entry))
     turns = []
     for tenant in sorted(by_tenant, key=state.shares.tag):
-        heads = sorted(by_tenant[tenant], key=lambda item: (item[1].spec.priority, item[0], item[1].order))
+        heads = sorted(by_tenant[tenant], key=_turn)
         turns.append([(entry, head.waiting_since_s) for _, head, entry in heads])
     return [item for turn in zip_longest(*turns) for item in turn if item is not None] + pinned
+
+
+def _turn(item: tuple[int, Sequence, Entry]) -> tuple[bool, int, int, int]:
+    """Within a tenant: by tier and priority, then what most wait for, then by arrival."""
+    num_waiting, head, _ = item
+    return (head.is_flex, head.spec.priority, -num_waiting, head.order)

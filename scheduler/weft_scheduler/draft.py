@@ -213,7 +213,7 @@ class PlanDraft:
         """Whether nothing to compute has been added."""
         return not (self.forward or self.backward or self.stepped)
 
-    def finish(self, memory: MemoryPlan, budget_s: float) -> InFlight:
+    def finish(self, memory: MemoryPlan, budget_s: float, expired: tuple[str, ...] = ()) -> InFlight:
         """The frozen plan and what belongs to it."""
         plan = StepPlan(
             iteration=self.iteration,
@@ -223,6 +223,7 @@ class PlanDraft:
             memory=memory,
             predicted_s=self.predicted_s,
             budget_s=budget_s,
+            expired=expired,
         )
         return InFlight(
             plan,

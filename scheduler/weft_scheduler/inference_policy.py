@@ -4,10 +4,10 @@ Every running sequence decodes in every plan; prompts fill what the budget leave
 order of their shares, and a tenant that is ahead of another tenant's finetuning waits for it: inference goes
 before finetuning only inside its tenant's share.
 
-When blocks run out, training packs are dropped first, then the youngest running sequence of the tenant that
-holds the most blocks for its weight is preempted. A request that has waited too long for a place takes one
-from a tenant that has more places for its weight. The oldest sequence is never preempted while another runs,
-so that something always finishes.
+When blocks run out, training packs are dropped first, then running sequences are preempted: flex ones first,
+of the tenant that holds the most blocks for its weight, the last in its own order. A request that has waited
+too long for a place takes one from a tenant that has more places for its weight. The first sequence of all is
+never preempted while another runs, so that something always finishes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heapreplace
+from itertools import chain
 from math import inf
 
 from weft_scheduler.draft import PlanDraft
-from weft_scheduler.requests import Sequence, SequenceStatus
+from weft_scheduler.requests import Sequence
 from weft_scheduler.state import SchedulerState
 from weft_scheduler.training_policy import runnable_tenants
 
@@ -37,7 +38,7 @@ def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
     """
     if len(state.running) < state.limits.max_num_seqs:
         return
-    places = Counter(sequence.spec.tenant for sequence in state.running)
+    places = state.num_running
     overdue = [
         (head.waiting_since_s, tenant)
         for tenant in state.waiting.tenants
@@ -48,40 +49,33 @@ def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
         weight = state.shares.weight
         donor = max(places, key=lambda t: places[t] / weight(t))
         if (places[tenant] + 1) / weight(tenant) <= (places[donor] - 1) / weight(donor):
-            victim = _youngest(state, donor)
-            if victim is not None:
-                state.preempt(victim, draft)
+            own = [seq for seq in state.by_precedence()[1:] if seq.spec.tenant == donor]
+            state.preempt(own[-1], draft)
             return
 
 
 def _head(state: SchedulerState, tenant: str) -> Sequence | None:
-    """The first waiting request of a tenant that could start."""
+    """The first waiting request of a tenant that could start if there were a place."""
+    if state.is_at_its_concurrency(tenant):
+        return None
     heads = state.waiting.heads_among(tenant, state.residency.extents)
     return next((seq for seq in heads if _is_admissible(state, seq)), None)
-
-
-def _youngest(state: SchedulerState, tenant: str) -> Sequence | None:
-    """The tenant's running sequence that goes last; never the first of all."""
-    return next((seq for seq in reversed(state.running[1:]) if seq.spec.tenant == tenant), None)
 
 
 def plan_decodes(state: SchedulerState, draft: PlanDraft) -> None:
     """One token of every running sequence whose prompt is computed."""
     capacity = state.limits.block_size
-    running = state.running
-    idx = 0
-    while idx < len(running):
-        sequence = running[idx]
+    running = state.by_precedence()
+    _make_room_for_decodes(state, draft, running)
+    for sequence in running:
         if sequence.is_prefilling or sequence.num_planned >= sequence.max_new_tokens:
-            idx += 1
             continue
         if sequence.num_computed == len(sequence.block_ids) * capacity:
-            if not _find_block(state, draft, sequence):
-                idx += sequence.status is SequenceStatus.RUNNING
+            taken = state.blocks.try_allocate(1)
+            if taken is None:
                 continue
-            sequence.block_ids.extend(state.blocks.allocate(1))
+            sequence.block_ids.extend(taken)
         draft.add_decode(sequence)
-        idx += 1
 
 
 def plan_prefills(
@@ -98,7 +92,7 @@ def plan_prefills(
     `num_kept_tokens` rows of the batch and, for new admissions, `num_kept_blocks` free blocks are left alone.
     With `yields`, tenants that are ahead of the finetuning of others admit nothing.
     """
-    for sequence in state.running:
+    for sequence in state.by_precedence():
         if sequence.is_prefilling and not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
             return
     limit = _lead_limit(state, draft.iteration) if yields else lambda _tenant: inf
@@ -144,7 +138,7 @@ def _admissions(
         if not has_time or draft.tokens_left <= num_kept_tokens:
             return
         tag, tenant = heap[0]
-        sequence = None if tag > limit(tenant) else _next_admissible(state, tenant)
+        sequence = None if tag > limit(tenant) else _next_of(state, tenant, draft.now_s)
         if sequence is None:
             heappop(heap)
             continue
@@ -181,18 +175,24 @@ def _lead_limit(state: SchedulerState, iteration: int) -> Callable[[str], float]
     return limit
 
 
-def _next_admissible(state: SchedulerState, tenant: str) -> Sequence | None:
-    """The tenant's first admissible waiter that need not wait for what a running sequence is computing.
+def _next_of(state: SchedulerState, tenant: str, now_s: float) -> Sequence | None:
+    """The tenant's next sequence that can start and need not wait for what a running one is computing.
 
-    The others are set apart, so that siblings share a prompt's blocks instead of computing it once each.
+    Overdue flex ones come in their turn. Those that must wait are set apart, so that siblings share a
+    prompt's blocks instead of computing it once each.
     """
+    if state.is_at_its_concurrency(tenant):
+        return None
     passed: set[Sequence] = set()
     while True:
-        for sequence in state.waiting.heads_among(tenant, state.residency.extents):
+        overdue = state.waiting.overdue_flex(tenant, now_s - state.limits.max_flex_wait_s)
+        heads = state.waiting.heads_among(tenant, state.residency.extents)
+        for sequence in chain(overdue, heads):
             if sequence in passed or not _is_admissible(state, sequence):
                 continue
             awaited = state.awaited_contents(sequence)
             if awaited is None:
+                sequence.has_aged = sequence in overdue
                 return sequence
             passed.add(sequence)
             if awaited != sequence.awaited:
@@ -237,42 +237,51 @@ def _find_prompt_blocks(
     return blocks.num_free >= needed
 
 
-def _find_block(state: SchedulerState, draft: PlanDraft, sequence: Sequence) -> bool:
-    """Whether a block is free for a decode, taking it from packs and then from younger sequences.
+def _make_room_for_decodes(state: SchedulerState, draft: PlanDraft, running: list[Sequence]) -> None:
+    """Free a block for every decode that needs one: of packs, then of sequences, which leave `running`.
 
-    False: the sequence sits this plan out (a block is about to be free), or has been preempted itself.
+    Where blocks are about to be free, the last of those that need one sit this plan out.
 
     Raises:
-        MemoryError: it holds every block and wants more, which `add_request` rules out.
+        MemoryError: a sequence holds every block and wants more, which `add_request` rules out.
     """
     blocks = state.blocks
-    while not blocks.num_free:
+    while (missing := sum(_needs_block(state, seq) for seq in running) - blocks.num_free) > 0:
         draft.is_short_of_blocks = True
-        if blocks.num_pending > draft.num_claimed_blocks:
-            draft.num_claimed_blocks += 1
-            return False
-        is_alone = len(state.running) == 1
+        if blocks.num_pending >= missing:
+            draft.num_claimed_blocks = missing
+            return
+        is_alone = len(running) == 1
         is_dropped = _try_drop_pack(state, draft, spare_protected=not is_alone)
         if is_dropped is None:
-            return False
+            return
         if is_dropped:
             continue
         if is_alone:
-            raise MemoryError(f"sequence {sequence.spec.sequence_id} needs more than all KV blocks")
-        victim = _victim(state)
+            raise MemoryError(f"sequence {running[0].spec.sequence_id} needs more than all KV blocks")
+        victim = _victim(state, running)
         state.preempt(victim, draft)
-        if victim is sequence:
-            return False
-    return True
+        running.remove(victim)
 
 
-def _victim(state: SchedulerState) -> Sequence:
-    """The youngest sequence of the tenant that holds the most blocks for its weight; not the first of all."""
+def _needs_block(state: SchedulerState, sequence: Sequence) -> bool:
+    """Whether the sequence decodes in this plan and its blocks are full."""
+    is_full = sequence.num_computed == len(sequence.block_ids) * state.limits.block_size
+    return is_full and sequence.num_planned < sequence.max_new_tokens
+
+
+def _victim(state: SchedulerState, running: list[Sequence]) -> Sequence:
+    """Who gives way: of the tenant that holds the most blocks for its weight, the last; flex ones before all.
+
+    `running` is in the order of precedence; the first is spared.
+    """
+    others = running[1:]
+    candidates = [seq for seq in others if seq.is_flex and not seq.has_aged] or others
     held: Counter[str] = Counter()
-    for sequence in state.running[1:]:
+    for sequence in candidates:
         held[sequence.spec.tenant] += len(sequence.block_ids)
     tenant = max(held, key=lambda t: held[t] / state.shares.weight(t))
-    return _youngest(state, tenant) or state.running[-1]
+    return next(seq for seq in reversed(candidates) if seq.spec.tenant == tenant)
 
 
 def _try_drop_pack(state: SchedulerState, draft: PlanDraft, *, spare_protected: bool) -> bool | None:

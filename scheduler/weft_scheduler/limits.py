@@ -22,7 +22,8 @@ class Limits:
 
     `max_inflight` plans may be uncommitted at a time: 1 is synchronous, 2 makes the next plan while one runs.
     A request that has waited `max_wait_s` for room for its adapter, and a pack that has waited
-    `max_training_wait_s` for KV blocks, hold back new admissions until theirs fits.
+    `max_training_wait_s` for KV blocks, hold back new admissions until theirs fits. A flex request that
+    arrived `max_flex_wait_s` ago takes turns with its tenant's default ones.
     """
 
     num_blocks: int
@@ -41,6 +42,7 @@ class Limits:
     pinned_adapter_share: float = 0.0
     max_wait_s: float = 2.0
     max_training_wait_s: float = 10.0
+    max_flex_wait_s: float = 30.0
 
     def __post_init__(self) -> None:
         """Refuse sizes with which some work could never run.

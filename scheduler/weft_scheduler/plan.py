@@ -95,7 +95,9 @@ class StepPlan:
     """Everything that one iteration does.
 
     `optimizer_steps` are jobs whose step is complete: their update runs after `backward`. `predicted_s` is
-    the cost model's time for the iteration, `budget_s` the latency budget that it was filled up to.
+    the cost model's time for the iteration, `budget_s` the latency budget that it was filled up to. `expired`
+    are requests that reached their deadline, each told once, also by a plan that `is_empty`; they are
+    forgotten.
     """
 
     iteration: int
@@ -105,6 +107,7 @@ class StepPlan:
     memory: MemoryPlan = MemoryPlan()
     predicted_s: float = 0.0
     budget_s: float = 0.0
+    expired: tuple[str, ...] = ()
 
     @property
     def num_forward_tokens(self) -> int:

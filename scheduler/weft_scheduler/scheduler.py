@@ -25,6 +25,7 @@ from weft_scheduler.adapter_policy import bring_adapters_nearer
 from weft_scheduler.budget import BudgetController, LatencyTargets
 from weft_scheduler.cost import CostModel
 from weft_scheduler.draft import InFlight, PlanDraft
+from weft_scheduler.drain import TenantQueue
 from weft_scheduler.inference_policy import make_room_for_the_overdue, plan_decodes, plan_prefills
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
@@ -97,12 +98,12 @@ class Scheduler:
                 f"{name}: prompt and max_new_tokens must be at least 1, min_new_tokens at least 0"
             )
         room = limits.max_model_len - spec.num_prompt_tokens
-        if room < 1:
+        if room < 0:
             raise RequestTooLarge(
-                f"the prompt has {spec.num_prompt_tokens} tokens; at most {limits.max_model_len - 1} leave "
-                f"room for an answer within the context of {limits.max_model_len}"
+                f"the prompt has {spec.num_prompt_tokens} tokens; the context holds {limits.max_model_len}"
             )
-        max_new_tokens = min(spec.max_new_tokens, room)
+        # The last token sampled is never computed, so a prompt that fills the context can still be scored.
+        max_new_tokens = min(spec.max_new_tokens, max(1, room))
         num_cached = spec.num_prompt_tokens + max_new_tokens - 1
         if num_cached > limits.capacity_tokens:
             raise RequestTooLarge(
@@ -118,7 +119,9 @@ class Scheduler:
         sequence = Sequence(spec, self._num_arrivals, max_new_tokens, now, now)
         if spec.prefix is not None:
             sequence.chain = PrefixChain(spec.prefix.root, limits.block_size, spec.prefix.token_ids)
+        self._state.meter_arrival(spec.tenant, now)
         self._state.enqueue(sequence)
+        self._state.deadlines.add(sequence)
 
     def abort(self, sequence_id: str) -> bool:
         """Forget a request; returns False if it is not known (it may just have finished)."""
@@ -144,6 +147,19 @@ class Scheduler:
             ValueError: the weight is not positive.
         """
         self._state.shares.set_weight(tenant, weight)
+
+    def set_max_concurrency(self, most: Mapping[str, int]) -> None:
+        """Let at most so many requests of a tenant run at a time; tenants not named have no such limit.
+
+        What runs already goes on.
+
+        Raises:
+            ValueError: a limit is below 1; nothing has changed.
+        """
+        for tenant, limit in most.items():
+            if limit < 1:
+                raise ValueError(f"max_concurrency of {tenant} is {limit}; it must be at least 1")
+        self._state.max_concurrency = dict(most)
 
     # ------------------------------------------------------------ finetuning
 
@@ -246,8 +262,8 @@ class Scheduler:
     # ------------------------------------------------------------ iterations
 
     def plan(self, now: float) -> StepPlan:
-        """Decide the next iteration. A plan that `is_empty` may still have adapter actions; it needs no
-        commit.
+        """Decide the next iteration. A plan that `is_empty` may still have adapter actions and expired
+        requests; it needs no commit.
 
         Raises:
             RuntimeError: `max_inflight` plans are uncommitted.
@@ -262,6 +278,7 @@ class Scheduler:
         state.shares.advance(state.active)
         draft = PlanDraft(self._iteration, now, self.limits, self.cost)
 
+        expired = self._expire(now)
         bring_adapters_nearer(state, now)
         make_room_for_the_overdue(state, draft)
         plan_decodes(state, draft)
@@ -275,13 +292,20 @@ class Scheduler:
         if draft.is_empty:
             plan_prefills(state, draft, budget_s, yields=False)
 
-        made = self._finish(draft, budget_s)
+        made = self._finish(draft, budget_s, expired)
         if not made.plan.is_empty:
             self._in_flight.append(made)
             self._charge(made.charges, 1.0)
         return made.plan
 
-    def _finish(self, draft: PlanDraft, budget_s: float) -> InFlight:
+    def _expire(self, now: float) -> tuple[str, ...]:
+        """Forget the requests whose deadline has come."""
+        expired = self._state.deadlines.take_expired(now)
+        for sequence in expired:
+            self._state.retire(sequence)
+        return tuple(sequence.spec.sequence_id for sequence in expired)
+
+    def _finish(self, draft: PlanDraft, budget_s: float, expired: tuple[str, ...]) -> InFlight:
         """Freeze the draft. Preemptions and drops are reported with the next plan that runs, each once."""
         self.num_preemptions += len(draft.preempted)
         self.num_packs_dropped += len(draft.dropped)
@@ -297,7 +321,7 @@ class Scheduler:
             adapter_moves=actions.moves,
             adapter_evictions=actions.evictions,
         )
-        return draft.finish(memory, budget_s)
+        return draft.finish(memory, budget_s, expired)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Outcome]:
         """Take in the result of the oldest plan in flight (an empty plan is none) and say what it completed.
@@ -320,6 +344,7 @@ class Scheduler:
             has_training=made.has_training,
         )
         self._correct_charges(made, result.elapsed_s)
+        self._state.meter_tokens(made.sampled, now)
         for sequence, num_tokens in made.written:
             if sequence.status is SequenceStatus.RUNNING:
                 self._state.written(sequence, num_tokens)
@@ -353,6 +378,7 @@ class Scheduler:
                 SequenceToken(sequence.spec.sequence_id, token_id, reason, sequence.num_cached_tokens)
             )
             if reason is not None:
+                self._state.meter.finish(sequence.spec.tenant, sequence.num_generated)
                 self._state.retire(sequence)
         return tokens
 
@@ -385,6 +411,13 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests not admitted (yet, or again)."""
         return len(self._state.waiting)
+
+    def queues(self, now: float, max_tenants: int = 64) -> dict[str, TenantQueue]:
+        """The longest queues of waiting requests by tenant, and when they should have drained.
+
+        May be called from another thread than the loop's.
+        """
+        return self._state.queues(now, max_tenants)
 
     @property
     def num_packs(self) -> int:

@@ -7,22 +7,28 @@ transition happens when is decided by the policies (`adapter_policy`, `inference
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from heapq import nlargest
+from itertools import pairwise
 
 from weft_scheduler.blocks import BlockAllocator
 from weft_scheduler.cost import CostModel, PlanFeatures
+from weft_scheduler.deadlines import Deadlines
 from weft_scheduler.draft import PlanDraft
+from weft_scheduler.drain import ServiceMeter, TenantQueue
 from weft_scheduler.fairness import FairQueue
 from weft_scheduler.limits import Limits
 from weft_scheduler.prefix import PrefixChain, PrefixIndex
-from weft_scheduler.requests import Sequence, SequenceStatus, WaitingQueue, sequence_key
+from weft_scheduler.requests import Sequence, SequenceStatus, running_key
 from weft_scheduler.residency import Residency
 from weft_scheduler.training import Pack, PackStatus, TrainingQueue
+from weft_scheduler.waiting import Backlog, WaitingQueue
 
 
 class SchedulerState:
-    """The mutable parts. `running` is ordered by (priority, arrival); every plan up to `committed` is
-    committed. `active` counts what each tenant has under way: requests and jobs.
+    """The mutable parts. `running` is ordered by (tier, arrival), `num_running` counts it by tenant; `active`
+    counts what each tenant has under way, requests and jobs. Every plan up to `committed` is committed.
     """
 
     def __init__(self, limits: Limits, cost: CostModel) -> None:
@@ -44,6 +50,10 @@ class SchedulerState:
         self.sequences: dict[str, Sequence] = {}
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
+        self.num_running: Counter[str] = Counter()
+        self.max_concurrency: dict[str, int] = {}
+        self.deadlines = Deadlines()
+        self.meter = ServiceMeter()
         self.committed = 0
         self.num_idle_training_plans = 0
         self.num_prefix_queries = 0
@@ -83,6 +93,7 @@ class SchedulerState:
             self.sequences[spec.sequence_id] = sequence
             self.join(spec.tenant)
         sequence.status = SequenceStatus.WAITING
+        sequence.prompt_price_s = self.prompt_price_s(sequence.num_tokens)
         self.waiting.add(sequence)
 
     def admit(self, sequence: Sequence) -> None:
@@ -90,6 +101,7 @@ class SchedulerState:
         pinned.
         """
         spec = sequence.spec
+        self.waiting.took_turn(sequence)
         self.waiting.remove(sequence)
         sequence.awaited = None
         if spec.adapter is not None:
@@ -97,7 +109,8 @@ class SchedulerState:
         sequence.prefill_target = sequence.num_tokens
         self._take_blocks(sequence)
         sequence.status = SequenceStatus.RUNNING
-        insort(self.running, sequence, key=sequence_key)
+        insort(self.running, sequence, key=running_key)
+        self.num_running[spec.tenant] += 1
         if not sequence.last_planned:
             sequence.num_cached_tokens = sequence.num_computed
 
@@ -121,14 +134,73 @@ class SchedulerState:
         del self.sequences[sequence.spec.sequence_id]
         self.leave(sequence.spec.tenant)
 
+    def is_at_its_concurrency(self, tenant: str) -> bool:
+        """Whether as many sequences of a tenant run as may."""
+        most = self.max_concurrency.get(tenant)
+        return most is not None and self.num_running[tenant] >= most
+
+    def by_precedence(self) -> list[Sequence]:
+        """What runs, the first to give way last: flex, then the youngest; a tenant's own in its own order.
+
+        A tenant's priorities decide between its sequences alone: they share the places that these have by
+        arrival.
+        """
+        if not any(sequence.spec.priority for sequence in self.running):
+            return list(self.running)
+        own = {tenant: iter(self._own_order(tenant)) for tenant in self.num_running}
+        return [next(own[sequence.spec.tenant]) for sequence in self.running]
+
+    def _own_order(self, tenant: str) -> list[Sequence]:
+        sequences = [sequence for sequence in self.running if sequence.spec.tenant == tenant]
+        return sorted(sequences, key=lambda seq: (seq.running_key[0], seq.spec.priority, seq.order))
+
     def _stop_running(self, sequence: Sequence) -> None:
-        del self.running[bisect_left(self.running, sequence.key, key=sequence_key)]
+        del self.running[bisect_left(self.running, sequence.running_key, key=running_key)]
+        sequence.has_aged = False
+        self.num_running[sequence.spec.tenant] -= 1
+        if not self.num_running[sequence.spec.tenant]:
+            del self.num_running[sequence.spec.tenant]
         self.blocks.free(sequence.block_ids, sequence.last_planned)
         self.prefixes.end(sequence.spec.sequence_id, self._unnamed(sequence))
         if sequence.spec.adapter is not None:
             self.residency.release(sequence.spec.adapter, sequence.last_planned)
 
-    def prompt_price_s(self, num_tokens: int, num_cached: int) -> float:
+    # ------------------------------------------------------------ prices
+
+    def meter_arrival(self, tenant: str, now_s: float) -> None:
+        """A request of a tenant is about to be queued."""
+        if tenant not in self.waiting.backlogs and not self.num_running[tenant]:
+            self.meter.begin(tenant, now_s)
+
+    def meter_tokens(self, sampled: Iterable[Sequence], now_s: float) -> None:
+        """Count what the tenants are being given: prompts with their first token, decodes one by one."""
+        served: defaultdict[str, float] = defaultdict(float)
+        decode_s = self.cost.decode_s(1)
+        for sequence in sampled:
+            spec = sequence.spec
+            is_first = not sequence.num_generated
+            served[spec.tenant] += self.prompt_price_s(spec.num_prompt_tokens) if is_first else decode_s
+        for tenant, price_s in served.items():
+            self.meter.serve(tenant, price_s, now_s)
+
+    def queues(self, now_s: float, max_tenants: int) -> dict[str, TenantQueue]:
+        """The longest queues by tenant; see `Scheduler.queues`."""
+        backlogs = list(self.waiting.backlogs.items())
+        longest = nlargest(max_tenants, backlogs, key=lambda item: item[1].num_waiting)
+        return {
+            tenant: TenantQueue(
+                backlog.num_waiting, self.meter.drain_s(tenant, self._price_s(tenant, backlog), now_s)
+            )
+            for tenant, backlog in longest
+        }
+
+    def _price_s(self, tenant: str, backlog: Backlog) -> float:
+        """What all of a tenant's waiting sequences are expected to take, alone, to their ends."""
+        num_tokens = self.meter.expected_tokens(tenant, backlog.num_waiting, backlog.max_tokens)
+        num_decodes = max(0.0, num_tokens - backlog.num_waiting)
+        return backlog.prompt_price_s + num_decodes * self.cost.decode_s(1)
+
+    def prompt_price_s(self, num_tokens: int, num_cached: int = 0) -> float:
         """The time that a prompt would take alone, whose first `num_cached` tokens are cached or computed."""
         most = self.limits.max_batch_tokens
         num_full, rest = divmod(num_tokens - num_cached, most)
@@ -247,11 +319,19 @@ class SchedulerState:
         self.residency.check_invariants()
         self.training.check_invariants()
         self._check_tables()
-        assert self.running == sorted(self.running, key=sequence_key)
+        assert self.running == sorted(self.running, key=running_key)
+        assert self.num_running == Counter(seq.spec.tenant for seq in self.running)
+        assert sorted(self.by_precedence(), key=running_key) == self.running
         assert len(self.running) <= self.limits.max_num_seqs
         assert all(seq.status is SequenceStatus.RUNNING for seq in self.running)
         waiting = list(self.waiting)
         assert len(waiting) == len(self.waiting)
+        for tenant, backlog in self.waiting.backlogs.items():
+            own = [seq for seq in waiting if seq.spec.tenant == tenant]
+            assert backlog.num_waiting == len(own) > 0
+            assert abs(backlog.prompt_price_s - sum(seq.prompt_price_s for seq in own)) < 1e-6
+            assert backlog.max_tokens == sum(seq.remaining_tokens for seq in own)
+            assert all(a.key < b.key for a, b in pairwise(self.waiting.heads(tenant)))
         assert all(seq.status is SequenceStatus.WAITING and not seq.block_ids for seq in waiting)
         assert {id(seq) for seq in [*self.running, *waiting]} == {id(s) for s in self.sequences.values()}
         tenants = Counter(seq.spec.tenant for seq in self.sequences.values())

@@ -48,6 +48,8 @@ class Settings:
     no_prefix_cache: bool
     adapter_arena_mb: int | None
     gpu_memory_utilization: float
+    max_queued_requests: int
+    max_queued_requests_total: int | None
     tpot_slo_ms: float | None
     ttft_slo_ms: float | None
     slo_percentile: float
@@ -236,6 +238,20 @@ OPTIONS: tuple[Option, ...] = (
         _number(0.0, 1.0),
         "a number above 0, at most 1",
         "share of the GPU's memory to use",
+    ),
+    Option(
+        "max_queued_requests",
+        1024,
+        _integer(1, 1_000_000),
+        "1 to 1000000",
+        "choices of a tenant that may wait for their first token; more are refused with 429",
+    ),
+    Option(
+        "max_queued_requests_total",
+        None,
+        _integer(1, 1_000_000),
+        "1 to 1000000",
+        "the same for all tenants together; default: 8 times the limit of a tenant",
     ),
     Option(
         "tpot_slo_ms",

@@ -24,10 +24,13 @@ from weft_server.engine.config import EngineConfig
 from weft_server.errors import WeftError
 from weft_server.log import configure_logging
 from weft_server.metrics import Metrics
+from weft_server.model.config import ModelConfig
 from weft_server.model.hub import resolve_model
 from weft_server.protocol import EngineReady
 from weft_server.service.adapters import AdapterService
-from weft_server.service.engine_client import EngineClient, EngineLaunch
+from weft_server.service.admission import QueueLimits
+from weft_server.service.engine_client import EngineClient
+from weft_server.service.engine_process import EngineLaunch
 from weft_server.service.files import FileService
 from weft_server.service.generation import GenerationService
 from weft_server.service.jobs import JobService
@@ -105,6 +108,7 @@ async def running_server(settings: Settings) -> AsyncIterator[tuple[RunningServe
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(settings.host, settings.port))
         model_dir = DEMO_MODEL if settings.model == "demo" else resolve_model(settings.model)
+        ModelConfig.from_directory(model_dir)  # what is wrong with it is said before its tokenizer is
         stack.enter_context(DataDirLock(settings.data_dir))
         store = stack.enter_context(
             open_store(settings.store, settings.data_dir, redis_volatile=settings.redis_volatile)
@@ -168,7 +172,15 @@ def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, 
         tokenizer=tokenizer,
         tenants=tenants,
         models=models,
-        generation=GenerationService(engine, tokenizer, models, defaults, metrics),
+        generation=GenerationService(
+            engine,
+            tokenizer,
+            models,
+            defaults,
+            metrics,
+            limits=QueueLimits.of(settings.max_queued_requests, settings.max_queued_requests_total),
+            weights=lambda: tenants.weights,
+        ),
         files=FileService(store.records, store.blobs),
         jobs=jobs,
         adapters=adapters,
@@ -210,7 +222,8 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
             ttft_slo_ms=settings.ttft_slo_ms,
             slo_percentile=settings.slo_percentile,
             prefix_cache=not settings.no_prefix_cache,
-            tenant_weights={tenant.name: tenant.weight for tenant in tenants.tenants},
+            tenant_weights=tenants.weights,
+            tenant_max_concurrency=tenants.max_concurrency,
             log_level=settings.log_level,
         ).to_json()
 

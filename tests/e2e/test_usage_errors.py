@@ -62,9 +62,18 @@ def test_a_taken_port_is_a_failure_that_says_so(data_flag: Any, plain_model: Any
     assert "--port" in ended.stderr
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "file", "broken config", "no weights"])
+@pytest.mark.parametrize(
+    ("kind", "status", "named"),
+    [
+        ("missing", 2, "neither an existing directory nor a hub id"),
+        ("file", 2, "neither an existing directory nor a hub id"),
+        ("empty", 2, "holds no config.json, so it is not a Hugging Face model directory"),
+        ("broken config", 1, "config.json cannot be read as JSON"),
+        ("no weights", 1, "safetensors"),
+    ],
+)
 def test_what_is_no_model_is_refused_with_its_path(
-    kind: str, data_flag: Any, plain_model: Path, tmp_path: Path, helpers: Any
+    kind: str, status: int, named: str, data_flag: Any, plain_model: Path, tmp_path: Path, helpers: Any
 ) -> None:
     model = tmp_path / "model"
     if kind == "file":
@@ -77,6 +86,7 @@ def test_what_is_no_model_is_refused_with_its_path(
         for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((plain_model / name).read_bytes())
     ended = helpers.run_weft("serve", str(model), "--port", "0", *data_flag)
-    assert ended.returncode in (1, 2), ended.stderr
+    assert ended.returncode == status, ended.stderr
+    assert named in ended.stderr
     assert str(model) in ended.stderr
     assert "Traceback" not in ended.stderr

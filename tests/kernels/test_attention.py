@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft_kernels.attention import AttentionBatch, make_buckets, paged_attention
+from weft_kernels.attention import (
+    AttentionBatch,
+    chunk_vjp,
+    gather_keys,
+    make_buckets,
+    make_chunk,
+    paged_attention,
+)
 from weft_kernels.attention.decode import group_by_length
 
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, SCALE = 4, 4, 2, 8, 0.3
@@ -99,3 +106,27 @@ def test_groups_hold_every_row_once_and_pad_at_most_twofold(lengths: list[int], 
         assert len(group) == 1 or padded <= max_keys
     if max_keys == 1 << 30:
         assert len(groups) <= 13
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize(("first_key", "start", "end"), [(0, 0, 11), (0, 7, 30), (5, 5, 6), (13, 17, 30)])
+def test_a_chunk_reads_nothing_beyond_its_own_keys(
+    first_key: int, start: int, end: int, window: int | None
+) -> None:
+    """Keys outside `[first_key, end)` of the sequence are NaN too, in the same blocks."""
+    (table,) = block_tables([30])
+    k_cache, v_cache = filled_cache([table], [30])
+    for position in (*range(first_key), *range(end, 30)):
+        for cache in (k_cache, v_cache):
+            cache[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = torch.nan
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(end - start, NUM_HEADS, HEAD_DIM, generator=generator, dtype=torch.float64)
+    chunk = make_chunk(0, end - start, first_key, end, torch.tensor(table), BLOCK_SIZE)
+    out = paged_attention(
+        q, k_cache, v_cache, AttentionBatch((), [chunk]), scale=SCALE, sliding_window=window
+    )
+    assert out.isfinite().all()
+    k, v = gather_keys(k_cache, v_cache, chunk)
+    again, vjp = chunk_vjp(q, k, v, chunk, scale=SCALE, sliding_window=window)
+    torch.testing.assert_close(again, out)
+    assert all(gradient.isfinite().all() for gradient in vjp(torch.ones_like(out)))

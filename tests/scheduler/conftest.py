@@ -112,6 +112,7 @@ class SimulatedEngine:
         self.fetching: set[str] = set()
         self.failing: set[str] = set()
         self.aborted: set[str] = set()
+        self.expired: dict[str, Request] = {}
         self.plans: list[StepPlan] = []
         self.endless: dict[str, tuple[str, list[int]]] = {}
 
@@ -195,6 +196,11 @@ class SimulatedEngine:
     def make_plan(self) -> StepPlan:
         plan = self.scheduler.plan(self.now)
         self.plans.append(plan)
+        for sequence_id in plan.expired:
+            request = self.expired[sequence_id] = self.requests.pop(sequence_id)
+            assert request.finish_reason is None
+            assert request.spec.deadline_s is not None
+            assert request.spec.deadline_s <= self.now
         self.carry_out(plan)
         if plan.is_empty:
             assert not plan.memory.preempted

@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft_scheduler import LatencyTargets, PrefixSpec, RequestSpec, prefix_root
+from weft_scheduler import LatencyTargets, PrefixSpec, RequestSpec, ServiceTier, prefix_root
 
 TENANTS = ("ada", "bob", "cyd")
 
@@ -49,6 +49,8 @@ def random_request(engine: Any, rng: random.Random, idx: int, num_adapters: int)
         adapter_elements=rng.choice((0, size)) if adapter else 0,
         priority=rng.choice((0, 0, 1)),
         prefix=prompt and PrefixSpec(prefix_root(tenant, adapter), prompt, is_read=rng.random() < 0.9),
+        tier=rng.choice((ServiceTier.DEFAULT, ServiceTier.DEFAULT, ServiceTier.FLEX)),
+        deadline_s=rng.choice((None, None, None, engine.now + rng.expovariate(1.0))),
     )
 
 
@@ -81,7 +83,10 @@ def drive(engine: Any, rng: random.Random, num_events: int, num_adapters: int) -
             engine.remove_job(rng.choice(list(engine.open_packs)))
         elif 0.46 < event < 0.48:
             engine.failing ^= {f"a{rng.randrange(num_adapters)}"} if num_adapters else set()
-        elif 0.48 < event < 0.52 and num_adapters:
+        elif 0.48 < event < 0.49:
+            most = {tenant: rng.randint(1, 3) for tenant in TENANTS if rng.random() < 0.5}
+            engine.scheduler.set_max_concurrency(most)
+        elif 0.49 < event < 0.53 and num_adapters:
             change = rng.choice((engine.scheduler.pin_adapter, engine.scheduler.unpin_adapter))
             change(f"a{rng.randrange(num_adapters)}")
         else:
@@ -126,6 +131,8 @@ def random_setting(rng: random.Random) -> dict[str, Any]:
         setting |= {"training_adapter_share": 0.25, "pinned_adapter_share": 0.25}
     if rng.random() < 0.3:
         setting["max_training_wait_s"] = 0.05
+    if rng.random() < 0.5:
+        setting["max_flex_wait_s"] = 0.2
     if rng.random() < 0.3:
         setting["nan_rate"] = 0.02
     if rng.random() < 0.3:

@@ -38,6 +38,7 @@ async def create_chat_completion(
         body.sampling(max_tokens=_max_tokens(body), logprobs=_num_logprobs(body)),
         num_choices=num_choices,
         template_variables=body.chat_template_kwargs,
+        request_class=body.request_class(request.state.arrived_s),
     )
     head = {
         "id": generation.id,
@@ -45,9 +46,14 @@ async def create_chat_completion(
         "created": int(time.time()),
         "model": body.model,
         "system_fingerprint": system_fingerprint(services.engine.info),
+        "service_tier": generation.request_class.tier,
     }
     if body.stream:
-        return await event_stream(request, _events(services.generation, generation, head, body))
+        return await event_stream(
+            request,
+            _events(services.generation, generation, head, body),
+            on_begin=lambda: services.generation.response_began(generation),
+        )
     choices = await unless_disconnected(request, services.generation.collect(generation))
     num_tokens = sum(choice.num_tokens for choice in choices)
     num_cached = generation.num_cached_tokens({choice.idx: choice.num_cached_tokens for choice in choices})

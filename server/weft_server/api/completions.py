@@ -37,6 +37,7 @@ async def create_completion(
         body.sampling(max_tokens=body.max_tokens, logprobs=body.logprobs),
         num_choices=num_choices,
         echo=bool(body.echo),
+        request_class=body.request_class(request.state.arrived_s),
     )
     head = {
         "id": generation.id,
@@ -44,9 +45,14 @@ async def create_completion(
         "created": int(time.time()),
         "model": body.model,
         "system_fingerprint": system_fingerprint(services.engine.info),
+        "service_tier": generation.request_class.tier,
     }
     if body.stream:
-        return await event_stream(request, _events(services.generation, generation, head, body))
+        return await event_stream(
+            request,
+            _events(services.generation, generation, head, body),
+            on_begin=lambda: services.generation.response_began(generation),
+        )
     choices = await unless_disconnected(request, services.generation.collect(generation))
     num_tokens = sum(choice.num_tokens for choice in choices)
     num_cached = generation.num_cached_tokens({choice.idx: choice.num_cached_tokens for choice in choices})

@@ -12,6 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from weft_server.api.bodies import NeutralValues, invalid_body, read_json_object, strip_unsupported
+from weft_server.api.idempotency import idempotency_key
 from weft_server.errors import InvalidRequest
 from weft_server.protocol import LrScheduler
 from weft_server.service.hyperparameters import (
@@ -133,6 +134,7 @@ _NEUTRAL: NeutralValues = {"validation_file": _never, "integrations": _is_empty_
 async def read_new_job(request: Request) -> NewJob:
     """The body of POST /v1/fine_tuning/jobs: 400 for what is wrong in OpenAI's fields, 422 inside `weft`."""
     body = await read_json_object(request)
+    idempotency = idempotency_key(request, "fine_tuning.job", body)
     weft = body.pop("weft", None)
     options = _validated(WeftOptions, {} if weft is None else weft, status=422, prefix=("weft",))
     _refuse_other_methods(body.get("method"))
@@ -144,6 +146,7 @@ async def read_new_job(request: Request) -> NewJob:
         adapter_name=options.adapter_name,
         metadata=openai.metadata,
         hyperparameters=_hyperparameters(openai, options),
+        idempotency=idempotency,
     )
 
 

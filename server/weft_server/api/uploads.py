@@ -31,7 +31,13 @@ class Form:
 
 @asynccontextmanager
 async def read_form(
-    request: Request, *, texts: Sequence[str], files: Sequence[str], max_bytes: int, is_openai: bool
+    request: Request,
+    *,
+    texts: Sequence[str],
+    files: Sequence[str],
+    max_bytes: int,
+    is_openai: bool,
+    unsupported: Sequence[str] = (),
 ) -> AsyncIterator[Form]:
     """Read a multipart body that consists of exactly these fields, each once.
 
@@ -41,6 +47,7 @@ async def read_form(
         files: names of the file fields.
         max_bytes: limit for all files together.
         is_openai: whose object it is: errors in OpenAI's are 400, in Weft's own 422.
+        unsupported: names of known fields that are not implemented; so are their parts, `name[part]`.
 
     Raises:
         InvalidRequest: not multipart, malformed, or (OpenAI's) a field is missing, repeated or unknown.
@@ -60,9 +67,8 @@ async def read_form(
     try:
         data = await parser.parse()
     except (MultiPartException, KeyError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else f"it has no {error}"
         raise InvalidRequest(
-            f"The multipart body cannot be read: {reason}.", code="invalid_multipart"
+            f"The multipart body cannot be read: {_reason(error)}.", code="invalid_multipart"
         ) from None
     except OSError as error:
         raise Unavailable(
@@ -71,12 +77,23 @@ async def read_form(
             retry_after_s=5.0,
         ) from error
     try:
+        _refuse_unsupported(data.multi_items(), unsupported)
         form = _sorted(data.multi_items(), texts, files, is_openai=is_openai)
         if sum(file.size or 0 for file in form.files.values()) > max_bytes:
             raise _too_large(max_bytes)
         yield form
     finally:
         await data.close()
+
+
+def _reason(error: MultiPartException | KeyError) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    # What the parser found wrong is the cause of the exception that reports it.
+    reason = str(error.__cause__ or error.message).rstrip(".")
+    if reason == "Maximum header size exceeded":
+        return "a part's header, which holds the names of field and file, is too long; shorten the filename"
+    return reason
 
 
 async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
@@ -94,6 +111,16 @@ async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
             break
     if num_bytes > limit:
         raise _too_large(max_bytes)
+
+
+def _refuse_unsupported(items: Sequence[tuple[str, Any]], unsupported: Sequence[str]) -> None:
+    for name, _ in items:
+        if name.partition("[")[0] in unsupported:
+            raise InvalidRequest(
+                f"Unsupported parameter: '{name}' is not implemented by Weft. Leave it out.",
+                param=name,
+                code="unsupported_parameter",
+            )
 
 
 def _sorted(

@@ -136,6 +136,7 @@ def assemble_engine(
     scheduler = Scheduler(limits, cost, targets)
     for tenant, weight in (config.tenant_weights or {}).items():
         scheduler.set_weight(tenant, weight)
+    scheduler.set_max_concurrency(config.tenant_max_concurrency or {})
     shapes = model.module_shapes
     fetcher = AdapterFetcher(
         blobs.read,

@@ -38,6 +38,7 @@ class EngineConfig:
     slo_percentile: float = 95.0
     prefix_cache: bool = True
     tenant_weights: dict[str, float] | None = None
+    tenant_max_concurrency: dict[str, int] | None = None
     log_level: str = "info"
 
     def to_json(self) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from weft_scheduler.outcomes import PackDone, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import SegmentKind, StepPlan
 from weft_scheduler.prefix import PrefixSpec, prefix_root
-from weft_scheduler.requests import RequestSpec, RequestTooLarge
+from weft_scheduler.requests import RequestSpec, RequestTooLarge, ServiceTier
 from weft_scheduler.scheduler import Scheduler
 from weft_server.adapters.fetch import AdapterFetcher, CheckResult
 from weft_server.engine.jobs import JobManager
@@ -40,10 +40,12 @@ from weft_server.protocol import (
     Heartbeat,
     RequestFailed,
     SetPinnedAdapters,
+    SetTenantConcurrency,
     SetTenantWeights,
     Shutdown,
     StartJob,
     StepOutput,
+    TenantQueue,
     ToEngine,
 )
 
@@ -114,12 +116,14 @@ class Engine:
                 self._scheduler.set_weight(tenant, weight)
         elif isinstance(message, SetPinnedAdapters):
             self._pager.pin_exactly(message.adapters)
+        elif isinstance(message, SetTenantConcurrency):
+            self._scheduler.set_max_concurrency(message.max_concurrency)
         elif isinstance(message, Shutdown):
             raise TypeError("Shutdown belongs to the process around the engine")
 
     def _generate(self, message: Generate) -> None:
         sampling, num_sent = message.sampling, len(message.generated)
-        adapter = message.adapter
+        adapter, now = message.adapter, self._clock()
         stranger = _first_outside(message, self._runner.vocab_size)
         if stranger is not None:
             self._outbox.append(RequestFailed(message.request_id, 400, "invalid_request", stranger))
@@ -134,9 +138,12 @@ class Engine:
             stop_token_ids=frozenset(sampling.stop_token_ids),
             adapter=None if adapter is None else adapter.digest,
             prefix=self._prefix(message, tokens),
+            priority=message.priority,
+            tier=ServiceTier(message.tier),
+            deadline_s=None if message.remaining_s is None else now + message.remaining_s,
         )
         try:
-            self._scheduler.add_request(spec, self._clock())
+            self._scheduler.add_request(spec, now)
         except RequestTooLarge as error:
             self._outbox.append(RequestFailed(message.request_id, 400, "context_length_exceeded", str(error)))
             return
@@ -182,7 +189,10 @@ class Engine:
         hear."""
         self._poll()
         plan = self._scheduler.plan(self._clock())
+        for request_id in plan.expired:
+            self._fail(request_id, 504, "deadline_exceeded", "the request's deadline has passed")
         self._pager.carry_out(plan.memory)
+        self._jobs.take_places(plan.memory.adapter_loads)
         self.ran = not plan.is_empty or bool(self._in_flight)
         if plan.is_empty:
             if self._in_flight:
@@ -212,15 +222,14 @@ class Engine:
         return self._num_checking > 0 or self._pager.is_busy or self._jobs.is_busy
 
     def shut_down(self) -> list[FromEngine]:
-        """Commit what is in flight, checkpoint running jobs, stop the threads."""
+        """Commit what is in flight and checkpoint running jobs. The messages are to be sent before `close`,
+        which may have to wait for a thread that waits for the store."""
         while self._in_flight:
             self._commit(self._in_flight.popleft())
-        messages = self._take_outbox() + self._jobs.checkpoint_all()
-        self.close()
-        return messages
+        return self._take_outbox() + self._jobs.checkpoint_all()
 
     def close(self) -> None:
-        """Stop all threads without saving anything."""
+        """Stop all threads without saving anything; blocks until they have done what they had begun."""
         self._jobs.close()
         self._fetcher.close()
 
@@ -303,7 +312,11 @@ class Engine:
             "prefix_cache_queries": float(scheduler.num_prefix_queries),
             "prefix_cache_hits": float(scheduler.num_prefix_hits),
         }
-        return Heartbeat(self._num_iterations, gauges, counters, iterations)
+        queues = {
+            tenant: TenantQueue(queue.num_waiting, queue.drain_s)
+            for tenant, queue in scheduler.queues(self._clock()).items()
+        }
+        return Heartbeat(self._num_iterations, gauges, counters, iterations, queues)
 
     def _count(self, plan: StepPlan, result: RunResult) -> None:
         self._num_iterations += 1

@@ -115,12 +115,9 @@ class AdapterPager:
         self._training.pop(key, None)
 
     def refresh(self, key: str, weights: Tensor) -> None:
-        """Write a training adapter's new weights (its fp32 master) to wherever it resides."""
-        if key in self._training:
-            self._training[key].weights.copy_(weights)
-        slot = self._slots.get(key)
-        if slot is not None:
-            self._arena.write(slot, weights)
+        """Write a training adapter's new weights (its fp32 master) to its place in the arena, which it keeps
+        as long as its job lives."""
+        self._arena.write(self._slots[key], weights)
 
     def slot_of(self, key: str) -> int | None:
         """The arena slot that holds an adapter now."""

@@ -173,8 +173,14 @@ class AdapterService:
         """Delete a name with all its versions; requests in flight finish on what they started with.
 
         Raises:
+            Forbidden: it is the base model.
             NotFound: absent, or another tenant's.
         """
+        if name == self._base_name:
+            raise Forbidden(
+                f"'{name}' is the base model, which all adapters share; only adapters can be deleted or "
+                "unloaded."
+            )
         while True:
             record = await self._record(tenant, name)
             if record is None:

@@ -2,8 +2,9 @@
 can.
 
 Implements `EnginePort` over two ZeroMQ sockets per engine process. When an engine dies, open generations are
-submitted once more to its successor with the tokens already sent as their prefix; a request that was in the
-plan at two deaths fails alone. Jobs are the job service's: it hears of every restart before anything is sent.
+submitted once more to its successor with the tokens already sent as their prefix. Who was in the fatal plan
+comes back on trial (`suspects.py`), and what is found to kill engines fails alone. Jobs are the job
+service's: it hears of every restart before anything is sent.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncGenerator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -25,58 +24,31 @@ import zmq
 import zmq.asyncio
 
 from weft_server import protocol
-from weft_server.errors import ConfigError, Internal, InvalidRequest, Unavailable, WeftError
+from weft_server.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    EngineCrashed,
+    Internal,
+    InvalidRequest,
+    Unavailable,
+    WeftError,
+)
 from weft_server.flight_recorder import read_flight_record
 from weft_server.protocol import FromEngine, ToEngine
 from weft_server.service.engine_port import JobHandler, JobMessage, RestartHandler
-from weft_server.transport import decode, encode
+from weft_server.service.engine_process import EngineLaunch, EngineProcess, spawn
+from weft_server.service.open_stream import OpenStream
+from weft_server.service.suspects import Suspects
+from weft_server.transport import decode
 
 log = logging.getLogger(__name__)
 
-_HEARTBEAT_TIMEOUT_S = 30.0
 _MAX_DEATHS = 5
 _DEATH_WINDOW_S = 300.0
-_SHUTDOWN_TIMEOUT_S = 30.0
 _DRAIN_TIMEOUT_S = 2.0
 _RETRY_AFTER_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLaunch:
-    """How to start an engine process: `arguments(epoch, receive, send, flight_record)` is its command line's
-    JSON."""
-
-    config_json: Callable[[int, str, str, Path], str]
-    run_dir: Path
-
-
-@dataclass(slots=True)
-class _Stream:
-    """One open generation: the request as first sent, what came back, and how often it was in a fatal
-    plan."""
-
-    request: protocol.Generate
-    queue: asyncio.Queue[protocol.ChoiceDelta | WeftError]
-    sent: list[int] = field(default_factory=list)
-    deaths: int = 0
-    resubmissions: int = 0
-
-
-@dataclass(slots=True)
-class _Process:
-    """One engine process and its sockets."""
-
-    epoch: int
-    process: asyncio.subprocess.Process
-    to_engine: zmq.asyncio.Socket
-    from_engine: zmq.asyncio.Socket
-    flight_record: Path
-    last_heard: float
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def close(self) -> None:
-        self.to_engine.close(linger=0)
-        self.from_engine.close(linger=0)
+_CLEARING_TOKENS = 8
+"""So many tokens behind those it had at a death, more than an engine has under way, a request is cleared."""
 
 
 class EngineObserver(Protocol):
@@ -112,12 +84,17 @@ class EngineClient:
         self._context = zmq.asyncio.Context()
         # Not below the data directory: a socket's path may have 107 bytes at most.
         self._socket_dir = tempfile.TemporaryDirectory(prefix="weft-")
-        self._current: _Process | None = None
-        self._streams: dict[str, _Stream] = {}
+        self._current: EngineProcess | None = None
+        self._streams: dict[str, OpenStream] = {}
         self._checks: dict[str, asyncio.Future[protocol.AdapterChecked]] = {}
         self._job_handlers: list[JobHandler] = []
         self._restart_handlers: list[RestartHandler] = []
         self._job_messages: asyncio.Queue[JobMessage] = asyncio.Queue()
+        self._suspects = Suspects()
+        # The steps done of every job that is the engine's, and the jobs whose trial it has to wait for.
+        self._job_steps: dict[str, int] = {}
+        self._held_jobs: dict[str, protocol.StartJob] = {}
+        self._guilty_jobs: set[str] = set()
         self._sending: set[asyncio.Future[None]] = set()
         self._deaths: deque[float] = deque()
         self._epoch = 0
@@ -128,7 +105,6 @@ class EngineClient:
         self._info: protocol.EngineReady | None = None
         self._heartbeat: protocol.Heartbeat | None = None
         self._first_ready = asyncio.Event()
-        self.num_restarts = 0
 
     # ------------------------------------------------------------ state
 
@@ -163,11 +139,6 @@ class EngineClient:
         """The latest heartbeat."""
         return self._heartbeat
 
-    @property
-    def engine_pid(self) -> int | None:
-        """Process id of the current engine."""
-        return None if self._current is None else self._current.process.pid
-
     # ------------------------------------------------------------ life
 
     async def start(self) -> None:
@@ -193,7 +164,7 @@ class EngineClient:
         self._stopping = True
         process = self._current
         if process is not None and process.process.returncode is None:
-            await self._end(process)
+            await process.end()
             # The supervisor takes what the engine had sent last: the checkpoints of its jobs.
             await asyncio.wait(self._tasks[:1], timeout=_DRAIN_TIMEOUT_S)
         while not self._job_messages.empty():
@@ -206,38 +177,25 @@ class EngineClient:
         self._context.term()
         self._socket_dir.cleanup()
 
-    async def _end(self, process: _Process) -> None:
-        if not process.ready.is_set():
-            process.process.kill()
-            await process.process.wait()
-            return
-        with contextlib.suppress(zmq.ZMQError):
-            await process.to_engine.send_multipart(encode(protocol.Shutdown(), process.epoch))
-        try:
-            await asyncio.wait_for(process.process.wait(), _SHUTDOWN_TIMEOUT_S)
-        except TimeoutError:
-            log.warning("the engine did not exit within %.0f s; killing it", _SHUTDOWN_TIMEOUT_S)
-            process.process.kill()
-            await process.process.wait()
-
     # ------------------------------------------------------------ EnginePort
 
     async def generate(self, request: protocol.Generate) -> AsyncGenerator[protocol.ChoiceDelta, None]:
         """Stream one choice; see `EnginePort.generate`."""
         self._require_alive()
-        stream = _Stream(request, asyncio.Queue())
+        stream = OpenStream.begin(request)
         self._streams[request.request_id] = stream
         try:
             if self.ready:
                 await self._send(request)
             while True:
-                item = await stream.queue.get()
+                item = await stream.next(lambda: self.ready)
                 if isinstance(item, WeftError):
                     raise item
                 yield item
                 if item.finish_reason is not None:
                     return
         finally:
+            self._suspects.forget(request.request_id)
             if self._streams.pop(request.request_id, None) is not None and self.ready:
                 with contextlib.suppress(WeftError, zmq.ZMQError):
                     await self._send(protocol.Abort(request.request_id))
@@ -257,20 +215,34 @@ class EngineClient:
     async def start_job(self, message: protocol.StartJob) -> None:
         """Send a job; see `EnginePort.start_job`."""
         self._require_ready()
-        await self._send(message)
+        self._job_steps.setdefault(message.job_id, 0)
+        if self._suspects.must_wait(message.job_id):
+            self._held_jobs[message.job_id] = message
+        else:
+            await self._send(message)
 
     async def cancel_job(self, job_id: str) -> None:
         """Stop a job; an engine that is away has none."""
+        self._forget_job(job_id)
         if self.ready:
             await self._send(protocol.CancelJob(job_id))
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         """See `EnginePort.set_tenant_weights`; an engine that starts later is told at its start."""
-        self._send_soon(protocol.SetTenantWeights(dict(weights)))
+        self._tell(protocol.SetTenantWeights(dict(weights)))
 
     def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
         """See `EnginePort.set_pinned_adapters`."""
-        self._send_soon(protocol.SetPinnedAdapters(list(adapters)))
+        self._tell(protocol.SetPinnedAdapters(list(adapters)))
+
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        """See `EnginePort.set_tenant_concurrency`; an engine that starts later is told at its start."""
+        self._tell(protocol.SetTenantConcurrency(dict(max_concurrency)))
+
+    def _tell(self, message: ToEngine) -> None:
+        if self.ready:
+            self._sending.add(task := asyncio.ensure_future(self._send(message)))
+            task.add_done_callback(self._sending.discard)
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         """See `EnginePort.subscribe_jobs`."""
@@ -289,32 +261,26 @@ class EngineClient:
         if not self.ready:
             raise Unavailable(self.why_not_ready or "the engine is away", retry_after_s=_RETRY_AFTER_S)
 
-    def _send_soon(self, message: ToEngine) -> None:
-        """Send what an engine that is away need not hear."""
-        if self.ready:
-            self._sending.add(task := asyncio.ensure_future(self._send(message)))
-            task.add_done_callback(self._sending.discard)
-
     async def _send(self, message: ToEngine) -> None:
         process = self._current
         if process is None:
             raise Unavailable("the engine is away", retry_after_s=_RETRY_AFTER_S)
-        await process.to_engine.send_multipart(encode(message, process.epoch))
+        await process.send(message)
 
     # ------------------------------------------------------------ supervision
 
     async def _supervise(self) -> None:
-        suspects: set[str] = set()
         while not self._stopping:
-            process = await self._spawn()
+            self._epoch += 1
+            process = await spawn(self._launch, self._context, Path(self._socket_dir.name), self._epoch)
             self._current = process
-            receiver = asyncio.create_task(self._receive(process, suspects))
+            receiver = asyncio.create_task(self._receive(process))
             watcher = asyncio.create_task(self._watch(process))
             await process.process.wait()
             process.ready.clear()
             # What the engine had sent before it died is still in the socket.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drained(process), 1.0)
+                await asyncio.wait_for(process.drained(), 1.0)
             receiver.cancel()
             watcher.cancel()
             await asyncio.gather(receiver, watcher, return_exceptions=True)
@@ -328,117 +294,118 @@ class EngineClient:
                 self._given_up = True
                 return
             self._current = None
-            suspects = self._bury(process)
+            self._bury(process)
             if self._given_up:
                 return
 
     def _is_stopping(self) -> bool:
         return self._stopping
 
-    async def _spawn(self) -> _Process:
-        self._epoch += 1
-        run_dir = self._launch.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        receive, send = (f"ipc://{self._socket_dir.name}/{name}-{self._epoch}" for name in ("to", "from"))
-        to_engine, from_engine = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
-        for socket in (to_engine, from_engine):
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
-        to_engine.bind(receive)
-        from_engine.bind(send)
-        flight_record = run_dir / "plan"
-        # Should this engine die before it plans anything, the last one's record must not be read again.
-        flight_record.unlink(missing_ok=True)
-        config_json = self._launch.config_json(self._epoch, receive, send, flight_record)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "weft_server.engine", stdin=asyncio.subprocess.PIPE
-        )
-        assert process.stdin is not None  # stays open: its end tells the engine that this process is gone
-        with contextlib.suppress(ConnectionError):
-            process.stdin.write(config_json.encode() + b"\n")
-            await process.stdin.drain()
-        log.info("engine %d started (pid %d)", self._epoch, process.pid)
-        return _Process(self._epoch, process, to_engine, from_engine, flight_record, time.monotonic())
-
-    def _bury(self, process: _Process) -> set[str]:
-        """Count a death, settle what cannot go on, and return the ids that were in the dead engine's last
-        plan."""
-        suspects = read_flight_record(process.flight_record)
+    def _bury(self, process: EngineProcess) -> None:
+        """Count a death, and settle what cannot go on."""
         process.close()
-        self.num_restarts += 1
         if self._observer is not None:
             self._observer.engine_lost()
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths and self._deaths[0] < now - _DEATH_WINDOW_S:
-            self._deaths.popleft()
+        planned = read_flight_record(process.flight_record)
         log.error(
             "engine %d died (status %s); in its plan: %d",
             process.epoch,
             process.process.returncode,
-            len(suspects),
+            len(planned),
         )
+        self._convict(planned)
         for future in self._checks.values():
             if not future.done():
                 future.set_exception(
                     Unavailable("the engine restarted; try again", retry_after_s=_RETRY_AFTER_S)
                 )
-        for stream in self._streams.values():
-            if stream.request.request_id in suspects:
-                stream.deaths += 1
-            if stream.deaths >= 2:
-                stream.queue.put_nowait(
-                    Internal("the engine crashed twice while it computed this request", code="engine_crashed")
-                )
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths and self._deaths[0] < now - _DEATH_WINDOW_S:
+            self._deaths.popleft()
         if len(self._deaths) >= _MAX_DEATHS:
             self._given_up = True
             log.critical("the engine died %d times within %.0f s; giving up", _MAX_DEATHS, _DEATH_WINDOW_S)
             for stream in self._streams.values():
                 stream.queue.put_nowait(Unavailable(self.why_not_ready or "", retry_after_s=_RETRY_AFTER_S))
-        return suspects
 
-    async def _watch(self, process: _Process) -> None:
-        """Kill an engine whose heartbeat has stopped: a hung one is as good as dead."""
+    def _convict(self, planned: Set[str]) -> None:
+        """Suspect what was in the fatal plan, requests first; fail what is known to kill the engine."""
+        goals = {
+            request_id: len(stream.sent) + _CLEARING_TOKENS
+            for request_id, stream in self._streams.items()
+            if request_id in planned
+        }
+        goals |= {job_id: step + 1 for job_id, step in self._job_steps.items() if job_id in planned}
+        guilty = self._suspects.engine_died(goals)
+        self._held_jobs.clear()
+        if guilty is None:
+            return
+        log.error("%s kills the engine and is not run again", guilty)
+        stream = self._streams.pop(guilty, None)
+        if stream is None:
+            self._guilty_jobs.add(guilty)
+        else:
+            stream.queue.put_nowait(EngineCrashed("the engine crashed each time it computed this request"))
+
+    async def _watch(self, process: EngineProcess) -> None:
+        """Kill an engine whose heartbeat has stopped, or that does not get ready: it is as good as dead."""
+        launch = self._launch
         while True:
             await asyncio.sleep(1.0)
-            silence = time.monotonic() - process.last_heard
-            if process.ready.is_set() and silence > _HEARTBEAT_TIMEOUT_S:
-                log.error("engine %d has been silent for %.0f s; killing it", process.epoch, silence)
+            silence_s = time.monotonic() - process.last_heard
+            if process.ready.is_set():
+                limit_s, what = launch.silence_timeout_s, f"has been silent for {silence_s:.0f} s"
+            else:
+                limit_s, what = launch.start_timeout_s, f"was not ready after {silence_s:.0f} s"
+            if silence_s > limit_s:
+                log.error("engine %d %s; killing it", process.epoch, what)
+                self._start_error = self._start_error or EngineStartFailed(f"the engine {what}")
                 process.process.kill()
                 return
 
     # ------------------------------------------------------------ messages
 
-    async def _receive(self, process: _Process, suspects: set[str]) -> None:
+    async def _receive(self, process: EngineProcess) -> None:
         while True:
             epoch, message = decode(await process.from_engine.recv_multipart())
             process.last_heard = time.monotonic()
             if epoch != process.epoch:
                 continue
             if isinstance(message, protocol.EngineReady):
-                await self._became_ready(process, message, suspects)
+                await self._became_ready(process, message)
             else:
                 self._dispatch(message)  # type: ignore[arg-type]
+                await self._admit_suspects()
 
-    async def _drained(self, process: _Process) -> None:
-        while await process.from_engine.poll(50):
-            await asyncio.sleep(0.01)
-
-    async def _became_ready(self, process: _Process, info: protocol.EngineReady, suspects: set[str]) -> None:
+    async def _became_ready(self, process: EngineProcess, info: protocol.EngineReady) -> None:
         self._info = info
         if self._observer is not None:
             self._observer.engine_started()
         process.ready.set()
+        # Whatever comes from now on sends itself.
+        interrupted = list(self._streams.values())
+        guilty, self._guilty_jobs = self._guilty_jobs, set()
         for handler in self._restart_handlers:
             try:
-                await handler(suspects)
+                await handler(guilty)
             except Exception:
                 log.exception("a restart handler failed")
-        for stream in list(self._streams.values()):
-            if stream.deaths < 2:
-                stream.resubmissions += 1
-                await self._send(replace(stream.request, generated=list(stream.sent)))
+        for stream in interrupted:
+            request_id = stream.request.request_id
+            if request_id in self._streams and not self._suspects.must_wait(request_id):
+                await self._send(stream.resubmission())
+        await self._admit_suspects()
         self._first_ready.set()
+
+    async def _admit_suspects(self) -> None:
+        """Give the engine the suspects whose trial begins."""
+        for item_id in self._suspects.admit(time.monotonic()):
+            stream, job = self._streams.get(item_id), self._held_jobs.pop(item_id, None)
+            if stream is not None:
+                await self._send(stream.resubmission())
+            elif job is not None:
+                await self._send(job)
 
     def _dispatch(self, message: FromEngine) -> None:
         if isinstance(message, protocol.StepOutput):
@@ -460,6 +427,7 @@ class EngineClient:
             self._start_error = kind(message.message, code=message.code)
             log.error("the engine cannot start: %s", message.message)
         elif isinstance(message, JobMessage):
+            self._follow_job(message)
             self._job_messages.put_nowait(message)
 
     def _deliver(self, delta: protocol.ChoiceDelta) -> None:
@@ -467,9 +435,25 @@ class EngineClient:
         if stream is None:
             return
         stream.sent += delta.token_ids
+        self._suspects.progressed(delta.request_id, len(stream.sent), time.monotonic())
         if delta.finish_reason is not None:
             del self._streams[delta.request_id]
+            self._suspects.forget(delta.request_id)
         stream.queue.put_nowait(delta)
+
+    def _follow_job(self, message: JobMessage) -> None:
+        """A job that continues from a checkpoint repeats steps; they do not clear it."""
+        if isinstance(message, protocol.JobProgress):
+            if message.job_id in self._job_steps:
+                self._job_steps[message.job_id] = max(message.step, self._job_steps[message.job_id])
+            self._suspects.progressed(message.job_id, message.step, time.monotonic())
+        elif not isinstance(message, protocol.JobCheckpointed):
+            self._forget_job(message.job_id)
+
+    def _forget_job(self, job_id: str) -> None:
+        self._job_steps.pop(job_id, None)
+        self._held_jobs.pop(job_id, None)
+        self._suspects.forget(job_id)
 
     def _settle_check(self, message: protocol.AdapterChecked | protocol.CheckFailed) -> None:
         future = self._checks.get(message.check_id)
@@ -491,7 +475,9 @@ class EngineClient:
 
 
 def _error(status: int, code: str, message: str, param: str | None = None) -> WeftError:
-    kind = InvalidRequest if status < 500 else Internal
+    kind: type[WeftError] = InvalidRequest if status < 500 else Internal
+    if status == DeadlineExceeded.status:
+        kind = DeadlineExceeded
     error = kind(message, code=code, param=param)
     error.status = status
     return error

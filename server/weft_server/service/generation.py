@@ -6,6 +6,7 @@ Knows no wire format: the API hands it values and formats what it yields.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections import Counter
@@ -14,21 +15,22 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from weft_server.errors import InvalidRequest, Overloaded, Unavailable, WeftError
+from weft_server.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable, WeftError
 from weft_server.metrics import Metrics
 from weft_server.protocol import ChoiceDelta, EngineReady, FinishReason, Generate
+from weft_server.service.admission import Admission, QueueLimits, Ticket
 from weft_server.service.choice import ChoiceOutput, ChoiceText, Echo, ScoredToken
 from weft_server.service.choice_timer import ChoiceTimer
 from weft_server.service.engine_port import EnginePort
-from weft_server.service.merge import merge
+from weft_server.service.merge import merge, unless_first
 from weft_server.service.models import ModelService
 from weft_server.service.prompts import PromptEncoder, PromptInput, check_context
+from weft_server.service.request_class import DEFAULT_CLASS, RequestClass
 from weft_server.service.sampling import GenerationDefaults, SamplingRequest, merge_sampling
 from weft_server.service.tokenizer import Tokenizer
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 2048
-MAX_OPEN_CHOICES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Generation:
     model: str
     choices: list[PlannedChoice]
     prompt_tokens: list[int]
+    request_class: RequestClass
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -96,14 +99,16 @@ class GenerationService:
         *,
         clock: Callable[[], float] = time.monotonic,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
-        max_open_choices: int = MAX_OPEN_CHOICES,
+        limits: QueueLimits | None = None,
+        weights: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         """
         Args:
             defaults: sampling of what a request leaves open.
-            clock: seconds, for latency metrics.
+            clock: seconds, for deadlines and latency metrics.
             draw_seed: the seed of a prompt whose request has none.
-            max_open_choices: per tenant; beyond it, new requests are refused with 429.
+            limits: how many choices may wait for their first token; beyond, requests are refused with 429.
+            weights: the tenants' weights now.
         """
         self._engine = engine
         self._tokenizer = tokenizer
@@ -113,8 +118,14 @@ class GenerationService:
         self._metrics = metrics
         self._clock = clock
         self._draw_seed = draw_seed
-        self._max_open_choices = max_open_choices
-        self._num_open: Counter[str] = Counter()
+        self._tickets: dict[str, Ticket] = {}
+        self._admission = Admission(
+            limits or QueueLimits(),
+            weights=weights,
+            drain_s=self._drain_s,
+            on_refused=lambda tenant, reason, num: metrics.requests_shed(tenant, reason.value, num),
+            on_change=metrics.queue_changed,
+        )
 
     async def plan_completion(
         self,
@@ -125,6 +136,7 @@ class GenerationService:
         *,
         num_choices: int = 1,
         echo: bool = False,
+        request_class: RequestClass = DEFAULT_CLASS,
     ) -> Generation:
         """Validate a completion request and encode its prompts.
 
@@ -132,6 +144,7 @@ class GenerationService:
             prompts: texts (encoded with the tokenizer's special tokens) or token ids (used as they are).
             num_choices: choices per prompt.
             echo: repeat the prompt in front of each choice; with it, `max_tokens` may be 0.
+            request_class: tier, priority and deadline.
 
         Raises:
             NotFound: the model.
@@ -156,7 +169,7 @@ class GenerationService:
         all_encoded = await self._prompts.encode(
             tenant,
             prompts,
-            num_new_tokens=max_tokens,
+            num_new_tokens=asked,
             max_model_len=info.max_model_len,
             vocab_size=info.vocab_size,
             with_echo=echo,
@@ -171,7 +184,15 @@ class GenerationService:
                 seed=self._seed(sampling),
                 prompt_logprobs=sampling.logprobs if echo else None,
             )
-            message = Generate("", tenant, encoded.ids, params, adapter=resolved.adapter)
+            message = Generate(
+                "",
+                tenant,
+                encoded.ids,
+                params,
+                adapter=resolved.adapter,
+                tier=request_class.tier,
+                priority=request_class.priority,
+            )
             prompt_tokens.append(len(encoded.ids))
             for choice_idx in range(num_choices):
                 idx = prompt_idx * num_choices + choice_idx
@@ -185,7 +206,7 @@ class GenerationService:
                         needs_engine=asked > 0 or sampling.logprobs is not None,
                     )
                 )
-        return Generation(generation_id, tenant, model, choices, prompt_tokens)
+        return Generation(generation_id, tenant, model, choices, prompt_tokens, request_class)
 
     async def plan_chat(
         self,
@@ -196,6 +217,7 @@ class GenerationService:
         *,
         num_choices: int = 1,
         template_variables: Mapping[str, Any] | None = None,
+        request_class: RequestClass = DEFAULT_CLASS,
     ) -> Generation:
         """Validate a chat request, render and encode its messages.
 
@@ -226,10 +248,19 @@ class GenerationService:
             prompt_logprobs=None,
         )
         generation_id = f"chatcmpl-{secrets.token_hex(16)}"
+        message = Generate(
+            generation_id,
+            tenant,
+            ids,
+            params,
+            adapter=resolved.adapter,
+            tier=request_class.tier,
+            priority=request_class.priority,
+        )
         choices = [
             PlannedChoice(
                 idx=idx,
-                message=Generate(f"{generation_id}-{idx}", tenant, ids, params, idx, resolved.adapter),
+                message=replace(message, request_id=f"{generation_id}-{idx}", choice_idx=idx),
                 stop=sampling.stop,
                 echo=None,
                 hides_answer=False,
@@ -237,7 +268,7 @@ class GenerationService:
             )
             for idx in range(num_choices)
         ]
-        return Generation(generation_id, tenant, model, choices, [len(ids)])
+        return Generation(generation_id, tenant, model, choices, [len(ids)], request_class)
 
     async def stream(self, generation: Generation) -> AsyncGenerator[ChoiceOutput, None]:
         """Yield news of all choices as it comes; each choice's last output has a `finish_reason`.
@@ -245,21 +276,32 @@ class GenerationService:
         Closing the generator aborts what is unfinished. One failing choice fails the request.
 
         Raises:
-            Overloaded: the tenant has too many choices open.
+            Overloaded: a queue is full, and this request is the one to go, on arrival or while it waits.
+            InvalidRequest: it has more choices than may ever wait.
+            DeadlineExceeded: the request's own timeout has passed.
             WeftError: what the engine reports.
         """
-        with self._open(generation.tenant, len(generation.choices)):
+        refused: asyncio.Future[Overloaded] = asyncio.get_running_loop().create_future()
+        with self._queued(generation, refused) as ticket:
             for num_tokens in generation.prompt_tokens:
                 self._metrics.prompt_accepted(generation.tenant, num_tokens)
             cached: dict[int, int] = {}
-            async with aclosing(merge([self._run(choice) for choice in generation.choices])) as outputs:
+            runs = [self._run(choice, generation.request_class, ticket) for choice in generation.choices]
+            async with aclosing(unless_first(merge(runs), refused)) as outputs:
                 try:
                     async for output in outputs:
+                        self._admission.begin(ticket, output.idx)
                         if output.num_cached_tokens is not None:
                             cached[output.idx] = output.num_cached_tokens
                         yield output
                 finally:
                     self._metrics.prompt_cached(generation.tenant, generation.num_cached_tokens(cached))
+
+    def response_began(self, generation: Generation) -> None:
+        """The client has been told that its answer comes: the request is not refused any more."""
+        ticket = self._tickets.get(generation.id)
+        if ticket is not None:
+            self._admission.begin(ticket)
 
     async def collect(self, generation: Generation) -> list[FinishedChoice]:
         """Run to the end; the choices in order of their index. Raises as `stream`; cancelling it aborts."""
@@ -281,7 +323,9 @@ class GenerationService:
             for idx in sorted(texts)
         ]
 
-    async def _run(self, choice: PlannedChoice) -> AsyncGenerator[ChoiceOutput, None]:
+    async def _run(
+        self, choice: PlannedChoice, request_class: RequestClass, ticket: Ticket
+    ) -> AsyncGenerator[ChoiceOutput, None]:
         """One choice, from the engine's deltas to text, with its metrics."""
         tenant, sampling = choice.message.tenant, choice.message.sampling
         text = ChoiceText(
@@ -297,23 +341,31 @@ class GenerationService:
             yield text.add(ChoiceDelta(choice.message.request_id, [], finish_reason="length"))
             return
         timer = ChoiceTimer(self._metrics, tenant, self._clock)
+        num_tokens = 0
         try:
-            async with aclosing(self._engine.generate(choice.message)) as deltas:
+            message = replace(choice.message, remaining_s=request_class.remaining_s(self._clock()))
+            async with aclosing(self._engine.generate(message)) as deltas:
                 async for delta in deltas:
                     if choice.hides_answer:
                         delta = replace(delta, token_ids=[], logprobs=None, finish_reason="length")
                     output = text.add(delta)
                     timer.tokens(output.num_tokens)
+                    num_tokens += output.num_tokens
                     if output.finish_reason is not None:
                         timer.finished(output.finish_reason)
                     yield output
                     if output.finish_reason is not None:
                         return
             raise Unavailable("The engine ended this generation without finishing it.", retry_after_s=1.0)
+        except DeadlineExceeded as error:
+            timer.failed(error.code or error.type)
+            raise request_class.too_late(num_tokens) from None
         except WeftError as error:
             timer.failed(error.code or error.type)
             raise
         finally:
+            if ticket.is_refused:
+                timer.refused()
             timer.aborted_unless_ended()
 
     def _seed(self, sampling: SamplingRequest) -> int:
@@ -328,21 +380,27 @@ class GenerationService:
         return self._engine.info
 
     @contextmanager
-    def _open(self, tenant: str, num_choices: int) -> Iterator[None]:
-        if self._num_open[tenant] + num_choices > self._max_open_choices:
-            raise Overloaded(
-                f"{self._num_open[tenant]} generations are in progress and {num_choices} more would exceed "
-                f"the limit of {self._max_open_choices}. Try again when some have finished.",
-                code="too_many_requests",
-                retry_after_s=1.0,
-            )
-        self._num_open[tenant] += num_choices
+    def _queued(self, generation: Generation, refused: asyncio.Future[Overloaded]) -> Iterator[Ticket]:
+        """The generation's place in its tenant's queue, from now until it ends."""
+        choices = {choice.idx for choice in generation.choices if choice.needs_engine}
+        tenant, tier = generation.tenant, generation.request_class.tier
+        ticket = self._admission.enter(tenant, tier, choices, refused.set_result)
+        self._tickets[generation.id] = ticket
         try:
-            yield
+            yield ticket
         finally:
-            self._num_open[tenant] -= num_choices
-            if not self._num_open[tenant]:
-                del self._num_open[tenant]
+            del self._tickets[generation.id]
+            self._admission.leave(ticket)
+
+    def _drain_s(self, tenant: str, num_waiting: int) -> float | None:
+        """Predicted seconds until so many waiting choices of a tenant have begun: the engine's latest word,
+        and what has been sent since in proportion.
+        """
+        heartbeat = self._engine.heartbeat
+        queue = None if heartbeat is None else heartbeat.queues.get(tenant)
+        if queue is None or not queue.num_waiting:
+            return None
+        return queue.drain_s * num_waiting / queue.num_waiting
 
 
 def _check_num_choices(num_prompts: int, num_choices: int) -> None:

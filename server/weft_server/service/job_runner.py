@@ -264,25 +264,25 @@ class JobRunner:
             return
         run.inbox.put_nowait(message)
 
-    async def _engine_restarted(self, suspects: set[str]) -> None:
+    async def _engine_restarted(self, guilty: set[str]) -> None:
         """Returns at once: serving must not wait for a store that is away."""
         for run in self._runs.values():
             run.is_interrupted = run.is_interrupted or run.is_sent
             run.is_sent = False
-        self._spawn(self._resume(frozenset(suspects)))
+        self._spawn(self._resume(frozenset(guilty)))
 
-    async def _resume(self, suspects: frozenset[str]) -> None:
+    async def _resume(self, guilty: frozenset[str]) -> None:
         async with self._lock:
             for run in [run for run in self._runs.values() if run.is_interrupted]:
                 await _drained(run)
                 if not run.abandoned.is_set():
-                    await self._resume_run(run, was_in_plan=run.job_id in suspects)
+                    await self._resume_run(run, is_guilty=run.job_id in guilty)
             with suppress(StoreUnavailable):
                 await self._reconcile()
 
-    async def _resume_run(self, run: _Run, *, was_in_plan: bool) -> None:
+    async def _resume_run(self, run: _Run, *, is_guilty: bool) -> None:
         updated = await self._persist(
-            run, lambda job, now: job_updates.engine_restarted(job, was_in_plan=was_in_plan, now=now)
+            run, lambda job, now: job_updates.engine_restarted(job, is_guilty=is_guilty, now=now)
         )
         if updated is None or updated.is_final or updated.lease is None:
             self._forget(run)

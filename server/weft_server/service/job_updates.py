@@ -29,8 +29,6 @@ from weft_server.service.job_records import (
 )
 from weft_server.store.base import Change, Link, Record, Unlink
 
-MAX_ENGINE_DEATHS = 2
-
 
 @dataclass(frozen=True, slots=True)
 class JobUpdate:
@@ -50,9 +48,18 @@ def tokenized(job: Job, dataset: TokenizedDataset, spec: JobSpec, *, now: float)
     changes: list[Change] = [Link(dataset.blob, blob_owner(job, "dataset"))]
     if job.training_blob is not None:
         changes.append(Unlink(job.training_blob, blob_owner(job, "training")))
-    for count, what in ((dataset.num_truncated, "truncated"), (dataset.num_dropped, "dropped")):
+    longer = f"examples longer than {job.max_seq_length} tokens were"
+    for count, what in (
+        (dataset.num_truncated, f"{longer} truncated"),
+        (dataset.num_dropped, f"{longer} dropped"),
+        (
+            dataset.num_without_targets,
+            f"examples were left out, because truncation to {job.max_seq_length} tokens left nothing of "
+            "their answers to train on",
+        ),
+    ):
         if count:
-            text = f"{count} examples longer than {job.max_seq_length} tokens were {what}"
+            text = f"{count} {what}"
             changes.append(message_event(job, text, now=now, level="warn"))
     text = (
         f"Files validated, moving job to queued state: {dataset.num_examples} examples, {spec.total_steps} "
@@ -155,19 +162,19 @@ def cancelled(job: Job, *, now: float) -> JobUpdate:
     return _finished(job, replace(job, status="cancelled", finished_at=int(now)), changes)
 
 
-def engine_restarted(job: Job, *, was_in_plan: bool, now: float) -> JobUpdate | None:
-    """The engine died and is back: the job continues under a new epoch, unless it was in the plan twice."""
+def engine_restarted(job: Job, *, is_guilty: bool, now: float) -> JobUpdate | None:
+    """The engine died and is back: the job continues under a new epoch, unless it was what killed it."""
     if job.is_final or job.lease is None:
         return None
-    num_deaths = job.num_engine_deaths + was_in_plan
-    if num_deaths >= MAX_ENGINE_DEATHS:
+    if is_guilty:
         error = JobError(
             "engine_crashed",
-            f"The engine died {num_deaths} times while this job ran on it, so the job is not tried again.",
+            "The engine died each time it ran this job, and no other suspect was beside it the last time, so "
+            "the job is not tried again.",
         )
-        return failed(replace(job, num_engine_deaths=num_deaths), error, now=now)
+        return failed(job, error, now=now)
     lease = replace(job.lease, epoch=job.lease.epoch + 1)
-    continued = replace(job, num_engine_deaths=num_deaths, lease=lease, pace=None)
+    continued = replace(job, lease=lease, pace=None)
     changes: tuple[Change, ...] = ()
     if job.status == "running":
         text = f"The engine restarted; continuing from step {job.checkpoint_step}"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from weft_kernels.transfer import download
 from weft_server.adapters.packed import PackedAdapter
 from weft_server.protocol import JobSpec
-from weft_server.training.data import Dataset, Example, examples_of_step
+from weft_server.training.data import Dataset, Example, ExampleOrder
 from weft_server.training.optimizer import FlatAdamW
 from weft_server.training.pack import Pack, make_pack, plan_packs
 
@@ -55,7 +55,7 @@ class FinetuneJob:
     """Training state of one job. Not thread-safe: the engine loop owns it.
 
     `adapter` is the packed fp32 adapter that training starts from; its flat weights become the optimizer's
-    master.
+    master. Until the adapter has its place on the device (`take_place`) the job is in host memory alone.
     """
 
     def __init__(
@@ -79,8 +79,11 @@ class FinetuneJob:
         self.adapter = adapter
         self.num_steps_done = 0
         self.trained_tokens = 0
-        self.optimizer = FlatAdamW(adapter.weights.to(device=device, dtype=dtype, copy=True), spec)
+        self._optimizer: FlatAdamW | None = None
+        self._restored: Mapping[str, Tensor] | None = None
+        self._dtype = dtype
         self._dataset = dataset
+        self._order = ExampleOrder(len(dataset), spec.batch_size, spec.seed)
         self._device = device
         self._max_pack_tokens = max_pack_tokens
         self._clock = clock
@@ -94,6 +97,49 @@ class FinetuneJob:
         return f"job:{self.job_id}"
 
     @property
+    def has_place(self) -> bool:
+        """Whether its state is on the device."""
+        return self._optimizer is not None
+
+    @property
+    def optimizer(self) -> FlatAdamW:
+        """Its state on the device. Raises RuntimeError while it has no place there."""
+        if self._optimizer is None:
+            raise RuntimeError(f"job {self.job_id} has no place on the device")
+        return self._optimizer
+
+    def restore(self, state: Mapping[str, Tensor], num_steps_done: int, trained_tokens: int) -> None:
+        """Continue from a state of the optimizer (on the host, as `FlatAdamW.state` gives it) that belongs to
+        this step; before `take_place`."""
+        self._restored = state
+        self.num_steps_done, self.trained_tokens = num_steps_done, trained_tokens
+
+    def weights_on_host(self) -> Tensor:
+        """The flat weights after the last step on the CPU, in fp32; not to be written to."""
+        if self._optimizer is not None:
+            return self._optimizer.master.detach().to("cpu", torch.float32, copy=True)
+        weights = self.adapter.weights if self._restored is None else self._restored["master"]
+        return weights.to(torch.float32)
+
+    def pin(self) -> None:
+        """Move what is on the host to pinned memory, so that `take_place` waits for nothing."""
+        self.adapter = replace(self.adapter, weights=self.adapter.weights.pin_memory())
+        if self._restored is not None:
+            self._restored = {name: tensor.pin_memory() for name, tensor in self._restored.items()}
+
+    def take_place(self) -> None:
+        """Allocate the optimizer's state on the device, four vectors, and fill it from the host."""
+        weights = self.adapter.weights.to(self._device, self._dtype, non_blocking=True, copy=True)
+        self._optimizer = FlatAdamW(weights, self.spec)
+        if self._restored is not None:
+            self._optimizer.load_state(self._restored)
+            self._restored = None
+
+    def give_up_place(self) -> None:
+        """Free the state on the device, with what it has learnt."""
+        self._optimizer = None
+
+    @property
     def is_finished(self) -> bool:
         """True when all steps are done."""
         return self.num_steps_done >= self.spec.total_steps
@@ -101,10 +147,7 @@ class FinetuneJob:
     def start_step(self) -> Sequence[Pack]:
         """The packs of the next step; all of them must be run before `issue_update`."""
         step, spec = self.num_steps_done, self.spec
-        examples: list[Example] = [
-            self._dataset[idx]
-            for idx in examples_of_step(len(self._dataset), spec.batch_size, spec.seed, step)
-        ]
+        examples: list[Example] = [self._dataset[idx] for idx in self._order.of_step(step)]
         self._packs = [
             make_pack(
                 f"{self.job_id}/{step}/{pack_idx}",

@@ -5,6 +5,7 @@ Gradients arrive as sums over the step's trained tokens; the division by their n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,10 +85,10 @@ class FlatAdamW:
         }
         return {name: vector.to("cpu", copy=True) for name, vector in vectors.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        self.master.copy_(state["master"])
-        self._m.copy_(state["m"])
-        self._v.copy_(state["v"])
-        self._num_updates.copy_(state["adam_step"].reshape(()))
+        self.master.copy_(state["master"], non_blocking=True)
+        self._m.copy_(state["m"], non_blocking=True)
+        self._v.copy_(state["v"], non_blocking=True)
+        self._num_updates.copy_(state["adam_step"].reshape(()), non_blocking=True)
         self.grad.zero_()

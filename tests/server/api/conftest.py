@@ -23,6 +23,7 @@ from weft_server.api.app import create_app
 from weft_server.config import Settings, load_settings
 from weft_server.errors import Conflict, InvalidRequest, WeftError
 from weft_server.metrics import Metrics
+from weft_server.service.admission import QueueLimits
 from weft_server.service.engine_port import JobHandler, RestartHandler
 from weft_server.service.generation import GenerationService
 from weft_server.service.models import ADAPTER_KIND, ModelService
@@ -74,6 +75,7 @@ class ScriptedEngine:
         self.heartbeat: protocol.Heartbeat | None = None
         self.ready = True
         self.tenant_weights: dict[str, float] = {}
+        self.tenant_concurrency: dict[str, int] = {}
         self.why_not_ready: str | None = None
         self.script: Script = lambda request: self.say(request, "Hello there!")
 
@@ -143,6 +145,9 @@ class ScriptedEngine:
 
     def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
         return None
+
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        self.tenant_concurrency = dict(max_concurrency)
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         return None
@@ -245,6 +250,7 @@ def make_services(
     engine = ScriptedEngine(tokenizer)
     metrics = Metrics(BASE)
     models_service = ModelService(store.records, BASE, 1_700_000_000)
+    tenants = TenantRegistry(settings.api_keys)
     generation = GenerationService(
         engine,
         tokenizer,
@@ -252,7 +258,8 @@ def make_services(
         defaults or GenerationDefaults(),
         metrics,
         draw_seed=itertools.count(7).__next__,
-        max_open_choices=64,
+        limits=QueueLimits.of(settings.max_queued_requests, settings.max_queued_requests_total),
+        weights=lambda: tenants.weights,
     )
     return Services(
         settings=settings,
@@ -260,7 +267,7 @@ def make_services(
         blobs=store.blobs,
         engine=engine,
         tokenizer=tokenizer,
-        tenants=TenantRegistry(settings.api_keys),
+        tenants=tenants,
         models=models_service,
         generation=generation,
         files=cast(Any, None),

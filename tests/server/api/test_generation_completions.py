@@ -258,6 +258,18 @@ def test_scoring_a_prompt_needs_no_new_token(api: Any) -> None:
     assert api.engine.requests == []
 
 
+def test_a_prompt_that_fills_the_context_can_be_scored_but_not_continued(api: Any) -> None:
+    client, prompt = api.client(), [5] * api.engine.info.max_model_len
+    answer = client.completions.create(model=BASE, prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+    assert len(answer.choices[0].logprobs.tokens) == len(prompt)
+    for num_prompt, max_tokens, total in ((128, 1, 129), (129, 0, 129)):
+        with pytest.raises(openai.BadRequestError, match=f"you requested {total} tokens") as caught:
+            client.completions.create(
+                model=BASE, prompt=[5] * num_prompt, max_tokens=max_tokens, echo=True, logprobs=1
+            )
+        assert caught.value.code == "context_length_exceeded"
+
+
 def test_minus_infinity_is_written_as_a_number(api: Any) -> None:
     def script(request: protocol.Generate) -> list[Any]:
         scored = protocol.TokenLogprob(5, float("-inf"), ((6, float("-inf")),))

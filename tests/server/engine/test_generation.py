@@ -44,7 +44,12 @@ def test_mixed_adapters_and_ranks_in_one_batch_answer_as_each_would_alone(harnes
 def test_prompt_logprobs_are_those_of_the_whole_prompt(max_batch_tokens, harness, make, oracle):
     h = harness(max_batch_tokens=max_batch_tokens, max_train_tokens=0, max_num_seqs=4)
     adapter = make.adapter(1)
-    prompts = {"a": make.prompt(50), "b": make.prompt(1), "c": make.prompt(23, 5)}
+    prompts = {
+        "fills the context": make.prompt(160, 2),
+        "a": make.prompt(50),
+        "b": make.prompt(1),
+        "c": make.prompt(23, 5),
+    }
     for request_id, prompt in prompts.items():
         h.generate(request_id, prompt, adapter=h.store(adapter), prompt_logprobs=2, max_tokens=3)
     h.run()

@@ -100,6 +100,9 @@ class ScriptedEngine:
     async def cancel_job(self, job_id: str) -> None:
         self.cancelled.append(job_id)
 
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        del max_concurrency
+
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         del weights
 
@@ -117,10 +120,10 @@ class ScriptedEngine:
             for handler in self._job_handlers:
                 await handler(message)
 
-    async def restart(self, *suspects: str) -> None:
+    async def restart(self, *guilty: str) -> None:
         self.ready = True
         for handler in self._restart_handlers:
-            await handler(set(suspects))
+            await handler(set(guilty))
 
     def run_of(self, job_id: str) -> protocol.StartJob:
         """The latest start of a job."""

@@ -292,12 +292,15 @@ def test_overlong_examples_are_truncated_or_dropped_when_asked(tokenize: Tokeniz
     assert arrays["lines"].tolist() == [1]
 
 
-def test_an_example_that_truncation_leaves_without_targets_is_dropped(tokenize: Tokenize) -> None:
+def test_an_example_that_truncation_leaves_without_targets_is_reported_as_that(
+    tokenize: Tokenize,
+) -> None:
     rows = [{"prompt": "count " * 60, "completion": " one"}, {"prompt": "a", "completion": "b"}]
     dataset, arrays = tokenize(rows, max_seq_length=50, overlength="truncate")
-    assert (dataset.num_examples, dataset.num_truncated, dataset.num_dropped) == (1, 0, 1)
+    assert (dataset.num_examples, dataset.num_truncated, dataset.num_dropped) == (1, 0, 0)
+    assert dataset.num_without_targets == 1
     assert arrays["lines"].tolist() == [2]
-    with pytest.raises(DatasetError, match="All 1 examples were dropped"):
+    with pytest.raises(DatasetError, match="All 1 examples were truncated to 50 tokens, which left nothing"):
         tokenize(rows[:1], max_seq_length=50, overlength="truncate")
 
 

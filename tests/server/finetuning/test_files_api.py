@@ -99,8 +99,9 @@ def test_an_unknown_purpose_is_refused_with_the_allowed_ones(live: Any) -> None:
         (
             {"purpose": "fine-tune", "expires_after[seconds]": "3600"},
             "expires_after[seconds]",
-            "unknown_parameter",
+            "unsupported_parameter",
         ),
+        ({"purpose": "fine-tune", "mood": "glad"}, "mood", "unknown_parameter"),
     ],
 )
 def test_missing_and_unknown_form_fields_are_named(
@@ -125,6 +126,16 @@ def test_a_body_that_is_no_such_form_is_a_400(live: Any, sent: dict[str, Any]) -
     reply = live.http.post("/v1/files", **sent)
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_filename_beyond_what_a_form_can_hold_is_refused_with_the_remedy(live: Any) -> None:
+    reply = live.http.post(
+        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a" * 10_000 + ".jsonl", b"x")}
+    )
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["code"] == "invalid_multipart"
+    assert error["message"].endswith("is too long; shorten the filename.")
 
 
 @pytest.mark.parametrize(
