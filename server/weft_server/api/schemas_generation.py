@@ -117,7 +117,9 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    @field_validator("prompt", mode="before")
+    @field_validator(
+        "prompt", mode="before", json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    )
     @classmethod
     def _check_prompt(cls, value: Any) -> Any:
         if isinstance(value, str) or _is_id_list(value):
@@ -133,6 +135,15 @@ class CompletionRequest(SamplingFields):
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt."""
         return list(self.prompt)
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
 
 
 class ChatMessage(BaseModel):
@@ -160,7 +171,7 @@ class ChatMessage(BaseModel):
         )
         return {key: entry for key, entry in value.items() if not (key in idle and entry in (None, [], ""))}
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
     def _join_text_parts(cls, value: Any) -> Any:
         """Content given in parts is their text, on lines of their own, as vLLM joins them."""
