@@ -24,7 +24,12 @@ async def create_adapter(request: Request, services: AppServices, tenant: Caller
     """Upload a PEFT adapter; a name that exists gets a new version."""
     max_bytes = services.settings.max_upload_mb * BYTES_PER_MB
     async with read_form(
-        request, texts=("name",), files=(CONFIG_FILE, WEIGHTS_FILE), max_bytes=max_bytes, is_openai=False
+        request,
+        texts=("name",),
+        files=(CONFIG_FILE, WEIGHTS_FILE),
+        folder=services.settings.upload_dir,
+        max_bytes=max_bytes,
+        is_openai=False,
     ) as form:
         adapter = await services.adapters.upload(
             tenant.name, form.texts["name"], form.files[CONFIG_FILE].file, form.files[WEIGHTS_FILE].file

@@ -26,7 +26,12 @@ async def create_file(request: Request, services: AppServices, tenant: CallerTen
     """Upload a training file."""
     max_bytes = services.settings.max_upload_mb * BYTES_PER_MB
     async with read_form(
-        request, texts=("purpose",), files=("file",), max_bytes=max_bytes, is_openai=True
+        request,
+        texts=("purpose",),
+        files=("file",),
+        folder=services.settings.upload_dir,
+        max_bytes=max_bytes,
+        is_openai=True,
     ) as form:
         purpose = form.texts["purpose"]
         check_purpose(purpose)
