@@ -62,6 +62,11 @@ class Settings:
     max_upload_mb: int
     log_level: str
 
+    @property
+    def upload_dir(self) -> Path:
+        """Where uploads lie while they arrive: on the blobs' disk, so that there is one limit."""
+        return self.data_dir / "uploads"
+
 
 @dataclass(frozen=True, slots=True)
 class Option:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import signal
 import socket
 import sys
@@ -110,6 +111,8 @@ async def running_server(settings: Settings) -> AsyncIterator[tuple[RunningServe
         model_dir = DEMO_MODEL if settings.model == "demo" else resolve_model(settings.model)
         ModelConfig.from_directory(model_dir)  # what is wrong with it is said before its tokenizer is
         stack.enter_context(DataDirLock(settings.data_dir))
+        # What a crash may have left; where the system has unnamed files, there is nothing.
+        shutil.rmtree(settings.upload_dir, ignore_errors=True)
         store = stack.enter_context(
             open_store(settings.store, settings.data_dir, redis_volatile=settings.redis_volatile)
         )

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from weft_server.api.dependencies import AppServices, CallerTenant, openai_body
+from weft_server.api.openapi import json_body
 from weft_server.api.schemas_generation import CHAT_NEUTRAL, ChatRequest
 from weft_server.api.streaming import event, event_stream, json_response, unless_disconnected
 from weft_server.api.usage import system_fingerprint, usage
@@ -22,7 +23,7 @@ from weft_server.service.generation import Generation, GenerationService
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest))
 async def create_chat_completion(
     request: Request,
     services: AppServices,

@@ -139,7 +139,9 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    @field_validator("prompt", mode="before")
+    @field_validator(
+        "prompt", mode="before", json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    )
     @classmethod
     def _check_prompt(cls, value: Any) -> Any:
         if isinstance(value, str) or _is_id_list(value):
@@ -168,6 +170,15 @@ def _only_empty(value: Any) -> None:
 _Unused = Annotated[None, BeforeValidator(_only_empty)]
 
 
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
 class ChatMessage(BaseModel):
     """A message. What an earlier answer's message carries besides its content is accepted when empty."""
 
@@ -194,7 +205,7 @@ class ChatMessage(BaseModel):
             )
         return value
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
     def _join_text_parts(cls, value: Any) -> Any:
         """Content given in parts is their text, on lines of their own, as vLLM joins them."""

@@ -34,8 +34,11 @@ def _auto_is_none(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-_AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none)]
-_AutoFloat = Annotated[float | None, BeforeValidator(_auto_is_none)]
+_Auto = Literal["auto"]
+_AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none, json_schema_input_type=int | _Auto | None)]
+_AutoFloat = Annotated[
+    float | None, BeforeValidator(_auto_is_none, json_schema_input_type=float | _Auto | None)
+]
 
 
 class _Strict(BaseModel):
@@ -94,7 +97,9 @@ class LoraOptions(_Strict):
     target_modules: list[str] | None = None
     use_rslora: bool | None = None
 
-    @field_validator("target_modules", mode="before")
+    @field_validator(
+        "target_modules", mode="before", json_schema_input_type=Literal["all-linear"] | list[str] | None
+    )
     @classmethod
     def _check_target_modules(cls, value: Any) -> Any:
         if value == "all-linear":
@@ -118,6 +123,12 @@ class WeftOptions(_Strict):
     overlength: Overlength | None = None
     checkpoint_every: int | None = None
     max_steps: int | None = None
+
+
+class JobBody(CreateJobRequest):
+    """POST /v1/fine_tuning/jobs as a whole; its two parts are read apart because their errors differ."""
+
+    weft: WeftOptions | None = None
 
 
 def _never(_value: Any) -> bool:

@@ -309,6 +309,7 @@ class Live:
     http: httpx.Client
     loop: asyncio.AbstractEventLoop
     adapter_root: Path
+    upload_dir: Path
     base: str = BASE
     keys: list[str] = field(default_factory=list)
 
@@ -395,7 +396,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
         http = httpx.Client(
             base_url=url, headers={"authorization": f"Bearer {keys[0].secret}"}, timeout=20, trust_env=False
         )
-        yield Live(url, engine, store, *clients, http, loop, root)
+        yield Live(url, engine, store, *clients, http, loop, root, settings.upload_dir)
         http.close()
         for client in clients:
             client.close()

@@ -237,7 +237,7 @@ def test_a_completion_reads_on_without_a_second_space_where_the_tokenizer_prepen
     ):
         example = _only({"prompt": prompt, "completion": completion}, tokenizer)
         assert tokenizer.decode(example.tokens) == prompt + completion
-        assert example.tokens[0] == tokenizer.bos_token_id
+        assert example.tokens[0] == tokenizer.token_to_id(tokenizer.special_tokens["bos_token"])
         assert example.tokens[-1] == tokenizer.eos_token_id
         served = tokenizer.encode(prompt)
         if prompt and completion.startswith(" "):

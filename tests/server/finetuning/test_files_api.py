@@ -151,3 +151,9 @@ def test_files_need_a_key(live: Any) -> None:
     assert httpx.get(f"{live.url}/v1/files", trust_env=False).status_code == 401
     reply = httpx.post(f"{live.url}/v1/files", files={"file": b"x"}, trust_env=False)
     assert reply.status_code == 401
+
+
+def test_uploads_lie_below_the_data_folder_while_they_arrive(live: Any) -> None:
+    _upload(live, b'{"text": "hi"}\n' * 1000)
+    assert live.upload_dir.is_dir()
+    assert list(live.upload_dir.iterdir()) == []
