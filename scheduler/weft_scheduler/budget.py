@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 SAFETY = 0.9
 """The first budget, as a part of the per-token target."""
+
+FLEX_FACTOR = 4.0
+"""How much longer the flex class may wait, unless it has targets of its own."""
 
 MAX_OPEN_S = 0.25
 """The longest iteration while nobody waits for tokens."""
@@ -41,6 +44,12 @@ class LatencyTargets:
     ttft_s: float
     percentile: float = 95.0
     unloaded_factor: float | None = None
+
+    def relaxed(self, factor: float = FLEX_FACTOR) -> LatencyTargets:
+        """Targets that are `factor` times as long."""
+        unloaded = None if self.unloaded_factor is None else self.unloaded_factor * factor
+        tpot_s, ttft_s = self.tpot_s * factor, self.ttft_s * factor
+        return replace(self, tpot_s=tpot_s, ttft_s=ttft_s, unloaded_factor=unloaded)
 
     def __post_init__(self) -> None:
         """Refuse targets that nothing can meet.

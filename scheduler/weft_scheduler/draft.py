@@ -27,6 +27,7 @@ class InFlight:
     plan: StepPlan
     features: PlanFeatures
     charges: dict[str, float]
+    is_flex: bool
     num_decodes: int
     has_prefill: bool
     has_training: bool
@@ -49,14 +50,17 @@ class InFlight:
 
 @dataclass(slots=True, eq=False)
 class PlanDraft:
-    """The plan of iteration `iteration`, unfinished. `num_claimed_blocks` are freed blocks that stalled
-    decodes await.
+    """The plan of iteration `iteration`, unfinished.
+
+    `is_flex`: no request of the default class is there to be protected. `num_claimed_blocks` are freed blocks
+    that stalled decodes await.
     """
 
     iteration: int
     now_s: float
     limits: Limits
     cost: CostModel
+    is_flex: bool = False
     forward: list[Segment] = field(default_factory=list)
     backward: list[BackwardSlice] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
@@ -241,6 +245,7 @@ class PlanDraft:
             plan,
             self.tally.freeze(),
             self._charges(plan.predicted_s),
+            self.is_flex,
             self.num_decodes,
             self.num_prefill_tokens > 0,
             self.num_training_units > 0,

@@ -58,9 +58,11 @@ class Scheduler:
         targets: LatencyTargets,
         tenant_weights: Mapping[str, float] | None = None,
         policy: Policy | None = None,
+        flex_targets: LatencyTargets | None = None,
     ) -> None:
         """Start empty; `cost` is refitted by commits. Tenants that `tenant_weights` does not name have weight
-        1. Without a `policy` (this scheduler's alone) it is Weft's.
+        1. Without a `policy` (this scheduler's alone) it is Weft's. `flex_targets` hold while there are flex
+        requests alone; by default they are `FLEX_FACTOR` times as long.
 
         Raises:
             ValueError: a weight is not positive.
@@ -68,6 +70,7 @@ class Scheduler:
         self.limits = limits
         self.cost = cost
         self.budget = BudgetController(targets, limits.max_inflight)
+        self.flex_budget = BudgetController(flex_targets or targets.relaxed(), limits.max_inflight)
         self._state = SchedulerState(limits, cost)
         self._policy = WeftPolicy() if policy is None else policy
         self._in_flight: deque[InFlight] = deque()
@@ -277,17 +280,21 @@ class Scheduler:
         self._iteration += 1
         state.advance(self._committed_before(self._iteration))
         state.shares.advance(state.active)
-        draft = PlanDraft(self._iteration, now, self.limits, self.cost)
-
         expired = self._expire(now)
         bring_adapters_nearer(state, now)
-        budget_s = self._policy.fill(state, draft, self.budget)
+        is_flex = state.num_default == 0 < len(state.sequences)
+        draft = PlanDraft(self._iteration, now, self.limits, self.cost, is_flex=is_flex)
+        budget_s = self._policy.fill(state, draft, self._budget_of(is_flex=is_flex))
 
         made = self._finish(draft, budget_s, expired)
         if not made.plan.is_empty:
             self._in_flight.append(made)
             self._charge(made.charges, 1.0)
         return made.plan
+
+    def _budget_of(self, *, is_flex: bool) -> BudgetController:
+        """The controller of a class of requests."""
+        return self.flex_budget if is_flex else self.budget
 
     def _expire(self, now: float) -> tuple[str, ...]:
         """Forget the requests whose deadline has come."""
@@ -328,7 +335,7 @@ class Scheduler:
         made = self._in_flight.popleft()
         self._state.advance(self._committed_before(self._iteration + 1))
         self.cost.observe(made.features, result.elapsed_s)
-        self.budget.observe(
+        self._budget_of(is_flex=made.is_flex).observe(
             result.elapsed_s,
             made.num_decodes,
             has_prefill=made.has_prefill,
@@ -361,7 +368,8 @@ class Scheduler:
             token_id = result.sampled[sequence.spec.sequence_id]
             sequence.num_generated += 1
             if sequence.num_generated == 1:
-                self.budget.observe_first_token(now - sequence.arrived_s)
+                budget = self._budget_of(is_flex=sequence.is_flex)
+                budget.observe_first_token(now - sequence.arrived_s)
             if sequence.chain is not None:
                 sequence.chain.append(token_id)
             reason = sequence.finish_reason(token_id)

@@ -28,7 +28,8 @@ from weft_scheduler.waiting import Backlog, WaitingQueue
 
 class SchedulerState:
     """The mutable parts. `running` is ordered by (tier, arrival), `num_running` counts it by tenant; `active`
-    counts what each tenant has under way, requests and jobs. Every plan up to `committed` is committed.
+    counts what each tenant has under way, requests and jobs; `num_default` counts the
+    unfinished requests of the default class. Every plan up to `committed` is committed.
     """
 
     def __init__(self, limits: Limits, cost: CostModel) -> None:
@@ -48,6 +49,7 @@ class SchedulerState:
         self.shares = FairQueue()
         self.active: Counter[str] = Counter()
         self.sequences: dict[str, Sequence] = {}
+        self.num_default = 0
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
         self.num_running: Counter[str] = Counter()
@@ -91,6 +93,7 @@ class SchedulerState:
             self.residency.want(spec.adapter, spec.adapter_elements)
         if spec.sequence_id not in self.sequences:
             self.sequences[spec.sequence_id] = sequence
+            self.num_default += not sequence.is_flex
             self.join(spec.tenant)
         sequence.status = SequenceStatus.WAITING
         sequence.prompt_price_s = self.prompt_price_s(sequence.num_tokens)
@@ -132,6 +135,7 @@ class SchedulerState:
                 self.residency.unwant(sequence.spec.adapter)
         sequence.status = SequenceStatus.FINISHED
         del self.sequences[sequence.spec.sequence_id]
+        self.num_default -= not sequence.is_flex
         self.leave(sequence.spec.tenant)
 
     def is_at_its_concurrency(self, tenant: str) -> bool:
@@ -337,6 +341,7 @@ class SchedulerState:
         tenants = Counter(seq.spec.tenant for seq in self.sequences.values())
         tenants.update(job.tenant for job in self.training.jobs.values() if job.tenant is not None)
         assert self.active == tenants
+        assert self.num_default == sum(not seq.is_flex for seq in self.sequences.values())
         for seq in self.running:
             assert seq.num_computed <= len(seq.block_ids) * self.limits.block_size
             assert seq.awaited is None

@@ -53,6 +53,8 @@ class Settings:
     tpot_slo_ms: float | None
     ttft_slo_ms: float | None
     slo_percentile: float
+    flex_tpot_slo_ms: float | None
+    flex_ttft_slo_ms: float | None
     served_model_name: str | None
     chat_template: Path | None
     generation_config: Path | None
@@ -272,7 +274,21 @@ OPTIONS: tuple[Option, ...] = (
         "a number above 0",
         "time to first token that finetuning yields to; default: GPU 2000, CPU 5000",
     ),
-    Option("slo_percentile", 95.0, _number(0.0, 100.0), "above 0, at most 100", "percentile of both targets"),
+    Option("slo_percentile", 95.0, _number(0.0, 100.0), "above 0, at most 100", "percentile of all targets"),
+    Option(
+        "flex_tpot_slo_ms",
+        None,
+        _number(0.0),
+        "a number above 0",
+        "time per output token while all requests are of the flex tier; default: 4x that of the default tier",
+    ),
+    Option(
+        "flex_ttft_slo_ms",
+        None,
+        _number(0.0),
+        "a number above 0",
+        "time to first token while all requests are of the flex tier; default: 4x that of the default tier",
+    ),
     Option(
         "served_model_name",
         None,

@@ -224,6 +224,8 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
             tpot_slo_ms=settings.tpot_slo_ms,
             ttft_slo_ms=settings.ttft_slo_ms,
             slo_percentile=settings.slo_percentile,
+            flex_tpot_slo_ms=settings.flex_tpot_slo_ms,
+            flex_ttft_slo_ms=settings.flex_ttft_slo_ms,
             prefix_cache=not settings.no_prefix_cache,
             tenant_weights=tenants.weights,
             tenant_max_concurrency=tenants.max_concurrency,

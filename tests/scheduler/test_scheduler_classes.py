@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from weft_scheduler import CostModel, LatencyTargets, Scheduler, SegmentKind, ServiceTier
+from weft_scheduler import CostModel, LatencyTargets, Scheduler, SegmentKind, ServiceTier, StepPlan
 from weft_scheduler.deadlines import Deadlines
 from weft_scheduler.requests import Sequence, SequenceStatus
 
@@ -270,3 +270,30 @@ def test_only_the_longest_queues_are_told(
     queues = engine.scheduler.queues(0.0, max_tenants=2)
     assert {tenant: queue.num_waiting for tenant, queue in queues.items()} == {"b": 9, "c": 5}
     assert all(queue.drain_s > 0.0 for queue in queues.values())
+
+
+def test_finetuning_yields_to_flex_targets_while_there_are_flex_requests_alone(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    engine = make_engine(targets=LatencyTargets(0.02, 2.0))
+    engine.train_endlessly("j", "trainer", [64])
+    engine.request(request_spec("flex", tier=ServiceTier.FLEX, max_new_tokens=40))
+    for _ in range(10):
+        engine.step()
+    flex_alone = [plan.budget_s for plan in engine.plans if has_decodes(plan)]
+    engine.request(request_spec("default", max_new_tokens=10))
+    for _ in range(5):
+        engine.step()
+    both = engine.plans[-1].budget_s
+    while engine.requests["default"].finish_reason is None:
+        engine.step()
+    for _ in range(3):
+        engine.step()
+    assert flex_alone == [pytest.approx(0.9 * 4 * 0.02)] * len(flex_alone) != []
+    assert both == pytest.approx(0.9 * 0.02)
+    assert has_decodes(engine.plans[-1])
+    assert engine.plans[-1].budget_s == pytest.approx(0.9 * 4 * 0.02)
+
+
+def has_decodes(plan: StepPlan) -> bool:
+    return any(segment.kind is SegmentKind.DECODE for segment in plan.forward)

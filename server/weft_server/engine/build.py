@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -142,7 +142,7 @@ def assemble_engine(
     targets = _targets(config, device, calibration.unloaded_decode_s)
     cost = CostModel()
     cost.calibrate(calibration.samples)
-    scheduler = Scheduler(limits, cost, targets, policy=policy)
+    scheduler = Scheduler(limits, cost, targets, policy=policy, flex_targets=_flex_targets(config, targets))
     for tenant, weight in (config.tenant_weights or {}).items():
         scheduler.set_weight(tenant, weight)
     scheduler.set_max_concurrency(config.tenant_max_concurrency or {})
@@ -213,6 +213,16 @@ def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: floa
     return LatencyTargets(
         tpot_s=tpot_s, ttft_s=ttft_s, percentile=config.slo_percentile, unloaded_factor=factor
     )
+
+
+def _flex_targets(config: EngineConfig, targets: LatencyTargets) -> LatencyTargets:
+    """Those of the default class, relaxed, where the flex class has none of its own."""
+    relaxed = targets.relaxed()
+    if config.flex_tpot_slo_ms is not None:
+        relaxed = replace(relaxed, tpot_s=config.flex_tpot_slo_ms / 1000, unloaded_factor=None)
+    if config.flex_ttft_slo_ms is not None:
+        relaxed = replace(relaxed, ttft_s=config.flex_ttft_slo_ms / 1000)
+    return relaxed
 
 
 def _announcement(
