@@ -5,6 +5,7 @@ Knows how much each addition costs; it does not choose what to add.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sizes
 from dataclasses import dataclass, field
 
 from weft_scheduler.charging import Pieces, split_time
@@ -52,14 +53,15 @@ class InFlight:
 class PlanDraft:
     """The plan of iteration `iteration`, unfinished.
 
-    `is_flex`: no request of the default class is there to be protected. `num_claimed_blocks` are freed blocks
-    that stalled decodes await.
+    `slot_elements` are the elements of the adapter in each slot. `is_flex`: no request of the default class
+    is there to be protected. `num_claimed_blocks` are freed blocks that stalled decodes await.
     """
 
     iteration: int
     now_s: float
     limits: Limits
     cost: CostModel
+    slot_elements: Sizes[int] = ()
     is_flex: bool = False
     forward: list[Segment] = field(default_factory=list)
     backward: list[BackwardSlice] = field(default_factory=list)
@@ -319,8 +321,14 @@ class PlanDraft:
         new = [slot for slot in dict.fromkeys(slots) if slot not in self._adapter_slots]
         self._adapter_slots.update(new)
         self.tally.num_adapters += len(new)
+        self.tally.adapter_elements += self._elements_of(new)
         return new
+
+    def _elements_of(self, slots: list[int]) -> int:
+        sizes = self.slot_elements
+        return sum(sizes[slot] for slot in slots)
 
     def _uncount_adapters(self, slots: list[int]) -> None:
         self._adapter_slots.difference_update(slots)
         self.tally.num_adapters -= len(slots)
+        self.tally.adapter_elements -= self._elements_of(slots)

@@ -19,6 +19,8 @@ class ArenaPlaces:
         """Start empty."""
         self.extents = ExtentMap(arena_elements)
         self.num_slots = num_slots
+        self.slot_elements = [0] * num_slots
+        """The elements of the adapter in each slot, or of the last that was there."""
         self._free_slots = list(range(num_slots))
         self._evictions: list[tuple[str, int]] = []
         self._moves: list[AdapterMove] = []
@@ -47,6 +49,7 @@ class ArenaPlaces:
     def load(self, entry: Entry, offset: int) -> None:
         """Give an entry a slot and the extent at `offset`."""
         entry.slot = heappop(self._free_slots)
+        self.slot_elements[entry.slot] = entry.num_elements
         self.extents.insert(entry.key, offset, entry.num_elements)
         self._loads.append(AdapterLoad(entry.key, entry.slot, offset, entry.num_elements))
 

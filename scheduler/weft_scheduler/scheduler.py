@@ -283,7 +283,8 @@ class Scheduler:
         expired = self._expire(now)
         bring_adapters_nearer(state, now)
         is_flex = state.num_default == 0 < len(state.sequences)
-        draft = PlanDraft(self._iteration, now, self.limits, self.cost, is_flex=is_flex)
+        sizes = state.residency.places.slot_elements
+        draft = PlanDraft(self._iteration, now, self.limits, self.cost, sizes, is_flex=is_flex)
         budget_s = self._policy.fill(state, draft, self._budget_of(is_flex=is_flex))
 
         made = self._finish(draft, budget_s, expired)

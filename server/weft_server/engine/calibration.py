@@ -145,7 +145,8 @@ def _measure_adapters(
         if num_adapters <= room:
             plan = _decode_plan(num_adapters, limits, with_adapters=True)
             with resident(arena, [image] * num_adapters):
-                samples.append((_features(plan), _measure_sequences(runner, plan)))
+                features = replace(_features(plan), adapter_elements=num_adapters * image.num_elements)
+                samples.append((features, _measure_sequences(runner, plan)))
     return samples
 
 
