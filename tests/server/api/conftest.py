@@ -73,6 +73,7 @@ class ScriptedEngine:
         self.abort_seen = threading.Event()
         self.info: protocol.EngineReady | None = engine_info()
         self.ready = True
+        self.heartbeat: protocol.Heartbeat | None = None
         self.tenant_weights: dict[str, float] = {}
         self.tenant_concurrency: dict[str, int] = {}
         self.why_not_ready: str | None = None

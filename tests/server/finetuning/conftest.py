@@ -75,6 +75,7 @@ class ScriptedEngine:
         self.pinned: list[list[str]] = []
         self._job_handlers: list[JobHandler] = []
         self._restart_handlers: list[RestartHandler] = []
+        self.heartbeat: protocol.Heartbeat | None = None
 
     @property
     def why_not_ready(self) -> str | None:

@@ -128,7 +128,12 @@ def _logits(decoder: Decoder, prompts: list[list[int]], splits: list[int]) -> li
                 ]
                 segments.append(Segment(str(i), kind, start, count, None, table_ids))
         batch = build_batch(
-            StepPlan(0, tuple(segments)).forward, sequences, {}, block_size=BLOCK_SIZE, device=CPU
+            StepPlan(0, tuple(segments)).forward,
+            sequences,
+            {},
+            block_size=BLOCK_SIZE,
+            max_gathered_keys=1024,
+            device=CPU,
         )
         ids = batch.token_ids.clone()
         for placed in batch.segments[: batch.num_decode]:

@@ -90,12 +90,15 @@ class ScriptedEngine:
     def shut_down(self) -> list[protocol.FromEngine]:
         return []
 
+    def close(self) -> None:
+        return None
+
     def heartbeat(self) -> protocol.Heartbeat:
         return protocol.Heartbeat(0, {}, {})
 
 
 def _build(_config: EngineConfig, _blobs: BlobIO, recorder: FlightRecorder) -> BuiltEngine:
-    return BuiltEngine(cast(Any, ScriptedEngine(recorder)), READY)
+    return BuiltEngine(cast(Any, ScriptedEngine(recorder)), READY, dict)
 
 
 if __name__ == "__main__":
