@@ -386,7 +386,9 @@ def make_engine(make_limits: Callable[..., Limits]) -> Callable[..., SimulatedEn
 
     def make(seed: int = 0, targets: LatencyTargets | None = None, **overrides: Any) -> SimulatedEngine:
         options = {
-            key: overrides.pop(key) for key in ("latency", "noise", "tenant_weights") if key in overrides
+            key: overrides.pop(key)
+            for key in ("latency", "noise", "tenant_weights", "policy")
+            if key in overrides
         }
         targets = targets or LatencyTargets(tpot_s=0.05, ttft_s=2.0)
         return SimulatedEngine(make_limits(**overrides), seed, targets, **options)

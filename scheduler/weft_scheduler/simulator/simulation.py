@@ -212,6 +212,8 @@ class Simulation:
         times.append(self._arrivals[0][1].arrival_s if self._arrivals else None)
         times.append(self._waiting_jobs[0][0] if self._waiting_jobs else None)
         coming = [time_s for time_s in times if time_s is not None]
+        if not coming and self._is_over(duration_s):
+            return
         self._num_empty += 1
         if not coming or self._num_empty > 10_000:
             raise SimulationStuck(
