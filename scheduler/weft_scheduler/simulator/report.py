@@ -132,7 +132,6 @@ class Report:
     service_fairness: float
     contended_fairness: float | None
     training_fairness: float | None
-    worst_tenant_ttft_p95: float | None
     adapter_hit_rate: float | None
     num_adapter_loads: int
     kv_mean: float
@@ -143,6 +142,7 @@ class Report:
     busy_share: float
     cost_error_p50: float
     cost_error_p95: float
+    ttft_p95_by_tenant: Mapping[str, float] = field(default_factory=dict)
     trained_by_tenant: Mapping[str, float] = field(default_factory=dict)
 
     @property

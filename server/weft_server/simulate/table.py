@@ -61,6 +61,9 @@ def _fairness(report: Report) -> str:
     parts = [f"{report.service_fairness:.3f} of all service"]
     if report.contended_fairness is not None:
         parts.append(f"{report.contended_fairness:.3f} while tenants waited")
+    if len(report.ttft_p95_by_tenant) > 1:
+        worst = max(report.ttft_p95_by_tenant, key=lambda tenant: report.ttft_p95_by_tenant[tenant])
+        parts.append(f"worst p95 of a first token {report.ttft_p95_by_tenant[worst] * 1000:.0f} ms ({worst})")
     if report.training_fairness is not None:
         parts.append(f"{report.training_fairness:.3f} of finetuning")
     return "Jain's index over tenants: " + ", ".join(parts)
