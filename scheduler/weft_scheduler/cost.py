@@ -40,6 +40,8 @@ class Features(Protocol):
     def num_adapters(self) -> int: ...
     @property
     def optimizer_steps(self) -> int: ...
+    @property
+    def adapter_elements(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,8 @@ class PlanFeatures:
 
     `kv_tokens_read` sums the context of every segment, `attention_products` tokens · context of the segments
     longer than one token; `num_sequences` counts segments that sample, `loss_tokens` rows of the loss head,
-    `backward_token_layers` tokens times layers of all backward slices, `num_adapters` distinct adapters.
+    `backward_token_layers` tokens times layers of all backward slices, `num_adapters` distinct adapters and
+    `adapter_elements` their elements (so ranks count).
     """
 
     forward_tokens: int = 0
@@ -60,6 +63,7 @@ class PlanFeatures:
     num_backward_slices: int = 0
     num_adapters: int = 0
     optimizer_steps: int = 0
+    adapter_elements: int = 0
 
 
 @dataclass(slots=True)
@@ -75,10 +79,15 @@ class FeatureTally:
     num_backward_slices: int = 0
     num_adapters: int = 0
     optimizer_steps: int = 0
+    adapter_elements: int = 0
 
     def freeze(self) -> PlanFeatures:
         """The sums so far."""
         return PlanFeatures(*_values(self))
+
+    def without(self, other: Features) -> PlanFeatures:
+        """The sums less those of a part."""
+        return PlanFeatures(*(own - part for own, part in zip(_values(self), _values(other), strict=True)))
 
 
 def _values(x: Features) -> tuple[int, ...]:
@@ -92,6 +101,7 @@ def _values(x: Features) -> tuple[int, ...]:
         x.num_backward_slices,
         x.num_adapters,
         x.optimizer_steps,
+        x.adapter_elements,
     )
 
 
@@ -102,7 +112,7 @@ _LINEAR_NAMES = tuple(field.name for field in fields(PlanFeatures))[1:]
 _NUM_LINEAR = len(_LINEAR_NAMES)
 _SIZE = len(KNOTS) + _NUM_LINEAR
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
-_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3)
+_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12)
 _PRIOR_OBSERVATIONS = 32.0
 _NOMINAL_SHARE = 1e-3
 _FORGETTING = 0.998
@@ -110,7 +120,7 @@ _REFIT_INTERVAL = 16
 _ERROR_WINDOW = 256
 _RATIO_WINDOW = 32
 _LEAST_REACH = 1.5
-_LEAST_WEIGHT = 1e-12
+_LEAST_WEIGHT = 1e-15
 
 
 class CostModel:
@@ -144,7 +154,7 @@ class CostModel:
     def predict(self, features: Features) -> float:
         """Seconds that an iteration with these features takes."""
         f = features
-        kv, products, sequences, loss, backward, slices, adapters, steps = self._weights
+        kv, products, sequences, loss, backward, slices, adapters, steps, elements = self._weights
         return (
             self._curve(f.forward_tokens)
             + kv * f.kv_tokens_read
@@ -155,7 +165,27 @@ class CostModel:
             + slices * f.num_backward_slices
             + adapters * f.num_adapters
             + steps * f.optimizer_steps
+            + elements * f.adapter_elements
         )
+
+    def decode_s(self, context: int) -> float:
+        """Seconds of one decode with `context` keys, alone."""
+        return self._decode_s + self._weights[0] * context
+
+    def chunk_s(self, num_tokens: int, context: int, loss_tokens: int = 0) -> float:
+        """Seconds of `num_tokens` tokens of one sequence that end at `context` keys, alone."""
+        w = self._weights
+        keys_s = w[0] * context + w[1] * num_tokens * context
+        return self._curve(num_tokens) + keys_s + w[3] * loss_tokens
+
+    def backward_s(self, token_layers: int, num_slices: float) -> float:
+        """Seconds of backward slices over so many tokens times layers."""
+        return self._weights[4] * token_layers + self._weights[5] * num_slices
+
+    @property
+    def optimizer_step_s(self) -> float:
+        """Seconds of one optimizer step."""
+        return self._weights[7]
 
     def calibrate(self, samples: Sequence[tuple[PlanFeatures, float]]) -> None:
         """Fit to measurements `(features, seconds)`; what they leave open stays at the nominal device's
@@ -255,6 +285,7 @@ class CostModel:
             total += increment
             values.append(total)
         self._curve_values = values
+        self._decode_s = values[0] + self._weights[2]
         self._slopes = [
             (high - low) / (right - left)
             for low, high, left, right in zip(values, values[1:], KNOTS, KNOTS[1:], strict=False)

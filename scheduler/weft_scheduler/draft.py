@@ -5,8 +5,10 @@ Knows how much each addition costs; it does not choose what to add.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sizes
 from dataclasses import dataclass, field
 
+from weft_scheduler.charging import Pieces, split_time
 from weft_scheduler.cost import CostModel, FeatureTally, PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import StepResult
@@ -17,12 +19,20 @@ from weft_scheduler.training import Job, Pack, TrainingQueue, Wave
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InFlight:
-    """A plan that is made and not committed, with the states that its outcomes belong to."""
+    """A plan that is made and not committed, with the states that its outcomes belong to.
+
+    `charges` are the seconds that each tenant has been charged for its predicted time; `written` says up to
+    which token the plan writes keys and values of a sequence.
+    """
 
     plan: StepPlan
     features: PlanFeatures
+    charges: dict[str, float]
+    is_flex: bool
     num_decodes: int
+    has_prefill: bool
     has_training: bool
+    written: tuple[tuple[Sequence, int], ...]
     sampled: tuple[Sequence, ...]
     forwarded: tuple[Pack, ...]
     done: tuple[Pack, ...]
@@ -41,23 +51,31 @@ class InFlight:
 
 @dataclass(slots=True, eq=False)
 class PlanDraft:
-    """The plan of iteration `iteration`, unfinished. `num_claimed_blocks` are freed blocks that stalled
-    decodes await.
+    """The plan of iteration `iteration`, unfinished.
+
+    `slot_elements` are the elements of the adapter in each slot. `is_flex`: no request of the default class
+    is there to be protected. `num_claimed_blocks` are freed blocks that stalled decodes await.
     """
 
     iteration: int
     now_s: float
     limits: Limits
     cost: CostModel
+    slot_elements: Sizes[int] = ()
+    is_flex: bool = False
     forward: list[Segment] = field(default_factory=list)
     backward: list[BackwardSlice] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    written: list[tuple[Sequence, int]] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
     forwarded: list[Pack] = field(default_factory=list)
     done: list[Pack] = field(default_factory=list)
     stepped: list[Job] = field(default_factory=list)
     tally: FeatureTally = field(default_factory=FeatureTally)
+    training_tally: FeatureTally = field(default_factory=FeatureTally)
+    inference: Pieces = field(default_factory=Pieces)
+    training: Pieces = field(default_factory=Pieces)
     num_decodes: int = 0
     num_prefill_tokens: int = 0
     num_training_units: int = 0
@@ -93,10 +111,12 @@ class PlanDraft:
         sequence.num_computed = start + 1
         sequence.last_planned = self.iteration
         sequence.num_planned += 1
+        self.written.append((sequence, start + 1))
         self.sampled.append(sequence)
         tally.num_sequences += 1
         tally.forward_tokens += 1
         tally.kv_tokens_read += start + 1
+        self.inference.add(sequence.spec.tenant, self.cost.decode_s(start + 1))
         self.num_decodes += 1
 
     def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:
@@ -105,6 +125,7 @@ class PlanDraft:
         samples = start + num_tokens == sequence.prefill_target
         self._count_chunk(start, num_tokens)
         self._add_segment(sequence, SegmentKind.PREFILL, start, num_tokens, samples=samples)
+        self.inference.add(sequence.spec.tenant, self.cost.chunk_s(num_tokens, start + num_tokens))
         self.num_prefill_tokens += num_tokens
 
     def prefill_tokens_within(self, sequence: Sequence, most: int, budget_s: float) -> int:
@@ -133,6 +154,8 @@ class PlanDraft:
         job.step_is_planned = True
         job.last_planned = self.iteration
         self.stepped.append(job)
+        self.training_tally.optimizer_steps += 1
+        self.training.add(job.tenant or "", self.cost.optimizer_step_s)
         self.num_training_units += 1
         return True
 
@@ -167,6 +190,12 @@ class PlanDraft:
         if training.forwarded(pack):
             self.forwarded.append(pack)
         self.num_training_units += 1
+        end, alone = start + num_tokens, self.training_tally
+        alone.forward_tokens += num_tokens
+        alone.kv_tokens_read += end
+        alone.attention_products += num_tokens * end
+        alone.loss_tokens += loss_tokens
+        self.training.add(pack.spec.tenant, self.cost.chunk_s(num_tokens, end, loss_tokens))
         return True
 
     def try_add_slice(
@@ -183,6 +212,12 @@ class PlanDraft:
             tally.num_backward_slices -= 1
             self._uncount_adapters(new)
             return False
+        members = wave.members()
+        for pack in members:
+            own = training.window_range(pack, wave.window)[1]
+            self.training.add(pack.spec.tenant, self.cost.backward_s(own, 1 / len(members)))
+        self.training_tally.backward_token_layers += tokens
+        self.training_tally.num_backward_slices += 1
         part, done = training.sliced(wave, self.iteration)
         self.backward.append(part)
         self.done.extend(done)
@@ -196,7 +231,7 @@ class PlanDraft:
         """Whether nothing to compute has been added."""
         return not (self.forward or self.backward or self.stepped)
 
-    def finish(self, memory: MemoryPlan, budget_s: float) -> InFlight:
+    def finish(self, memory: MemoryPlan, budget_s: float, expired: tuple[str, ...] = ()) -> InFlight:
         """The frozen plan and what belongs to it."""
         plan = StepPlan(
             iteration=self.iteration,
@@ -206,12 +241,17 @@ class PlanDraft:
             memory=memory,
             predicted_s=self.predicted_s,
             budget_s=budget_s,
+            expired=expired,
         )
         return InFlight(
             plan,
             self.tally.freeze(),
+            self._charges(plan.predicted_s),
+            self.is_flex,
             self.num_decodes,
+            self.num_prefill_tokens > 0,
             self.num_training_units > 0,
+            tuple(self.written),
             tuple(self.sampled),
             tuple(self.forwarded),
             tuple(self.done),
@@ -219,6 +259,11 @@ class PlanDraft:
         )
 
     # ------------------------------------------------------------ inside
+
+    def _charges(self, predicted_s: float) -> dict[str, float]:
+        training_s = self.cost.predict(self.training_tally) if self.num_training_units else 0.0
+        inference_s = self.cost.predict(self.tally.without(self.training_tally))
+        return split_time(predicted_s, self.inference, inference_s, self.training, training_s)
 
     def _add_segment(
         self, sequence: Sequence, kind: SegmentKind, start: int, num_tokens: int, *, samples: bool
@@ -239,6 +284,7 @@ class PlanDraft:
         if sequence.adapter_slot is not None:
             self._count_adapters((sequence.adapter_slot,))
         sequence.num_computed += num_tokens
+        self.written.append((sequence, sequence.num_computed))
         sequence.last_planned = self.iteration
         if samples:
             sequence.num_planned += 1
@@ -275,8 +321,14 @@ class PlanDraft:
         new = [slot for slot in dict.fromkeys(slots) if slot not in self._adapter_slots]
         self._adapter_slots.update(new)
         self.tally.num_adapters += len(new)
+        self.tally.adapter_elements += self._elements_of(new)
         return new
+
+    def _elements_of(self, slots: list[int]) -> int:
+        sizes = self.slot_elements
+        return sum(sizes[slot] for slot in slots)
 
     def _uncount_adapters(self, slots: list[int]) -> None:
         self._adapter_slots.difference_update(slots)
         self.tally.num_adapters -= len(slots)
+        self.tally.adapter_elements -= self._elements_of(slots)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from weft_scheduler.plan import AdapterLoad
+from weft_scheduler.plan import AdapterLoad, AdapterMove
 
 
 class AdapterState(Enum):
@@ -27,7 +27,7 @@ class Entry:
 
     `num_elements` is 0 until it is known; `staged_elements` is what it takes (or is guessed to take) in host
     memory on its way. `fence` is the last plan that could read it; `is_fresh` says that no one has used it
-    since its load.
+    since its load. A failed one is not fetched again before `retry_at_s` unless a request asks for it.
     """
 
     key: str
@@ -39,27 +39,22 @@ class Entry:
     num_users: int = 0
     staged_elements: int = 0
     fence: int = 0
-    last_used_s: float = 0.0
     is_fresh: bool = False
-    has_failed: bool = False
+    is_pinned: bool = False
+    pinned_since_s: float = 0.0
+    retry_at_s: float = 0.0
 
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Room at `offset` kept for `key`: its victims get no new users and leave together when the last one has
-    gone.
-    """
-
-    key: str
-    offset: int
-    victims: frozenset[str]
-    area: tuple[int, int]
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody waits for it, or it is to stay resident anyway."""
+        return self.num_waiting > 0 or self.is_pinned
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterActions:
-    """What has to be done, in this order: clear table rows, start copies, start fetches."""
+    """What has to be done, in this order: clear table rows, move extents, start copies, start fetches."""
 
     evictions: tuple[tuple[str, int], ...]
+    moves: tuple[AdapterMove, ...]
     loads: tuple[AdapterLoad, ...]
     fetches: tuple[str, ...]

@@ -8,8 +8,10 @@ function.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from weft_scheduler.compaction import Compaction, Span, find_compaction
 
 ALIGNMENT = 64
 """Elements: offsets and sizes are multiples of it (128 bytes in 16-bit formats)."""
@@ -58,7 +60,7 @@ class ExtentMap:
         """The keys that hold an extent."""
         return iter(self._by_key)
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         """Whether `key` holds an extent."""
         return key in self._by_key
 
@@ -102,15 +104,17 @@ class ExtentMap:
         *,
         lowest: int = 0,
         from_top: bool = False,
-        avoid: tuple[int, int] | None = None,
+        highest: int | None = None,
+        avoid: Sequence[tuple[int, int]] = (),
     ) -> Placement | None:
-        """The cheapest contiguous room for `num_elements` at or above `lowest`; a hole costs nothing.
+        """The cheapest contiguous room for `num_elements` in `[lowest, highest)`; a hole costs nothing.
 
         `cost(key)` is the price of evicting an extent, None if it must stay. Equal prices go to the lowest
-        offset (first fit), with `from_top` to the highest. `avoid` is a range `[start, end)` that must not be
-        touched. One sweep: for each left edge, the nearest right edge that gives enough room.
+        offset (first fit), with `from_top` to the highest. `avoid` are disjoint ranges `[start, end)` that
+        must not be touched. One sweep: for each left edge, the nearest right edge that gives enough room.
         """
         size = aligned(num_elements)
+        top = self.capacity if highest is None else highest
         spans = self._spans(cost, lowest, avoid)
         best: tuple[float, int] | None = None
         victims: tuple[str, ...] = ()
@@ -119,14 +123,14 @@ class ExtentMap:
             if right < left:
                 right, total = left, 0.0
             start = lowest if left == 0 else max(lowest, spans[left - 1][1])
-            end = spans[right][0] if right < len(spans) else self.capacity
+            end = min(spans[right][0], top) if right < len(spans) else top
             while end - start < size and right < len(spans):
                 price = spans[right][3]
                 if price is None:
                     break
                 total += price
                 right += 1
-                end = spans[right][0] if right < len(spans) else self.capacity
+                end = min(spans[right][0], top) if right < len(spans) else top
             if end - start >= size:
                 offset = end - size if from_top else start
                 rank = (total if right > left else 0.0, -offset if from_top else offset)
@@ -139,6 +143,45 @@ class ExtentMap:
         if best is None:
             return None
         return Placement(-best[1] if from_top else best[1], victims, best[0])
+
+    def move(self, key: str, offset: int) -> None:
+        """Let the extent of `key` begin at `offset`; the two may overlap.
+
+        Raises:
+            KeyError: it holds none.
+            ValueError: as `insert`; nothing has changed.
+        """
+        old = self._by_key[key]
+        self.remove(key)
+        try:
+            self.insert(key, offset, old.end - old.start)
+        except ValueError:
+            self.insert(key, old.start, old.end - old.start)
+            raise
+
+    def find_compaction(
+        self,
+        num_elements: int,
+        is_movable: Callable[[str], bool],
+        *,
+        max_moved: int,
+        lowest: int = 0,
+        highest: int | None = None,
+        avoid: Sequence[tuple[int, int]] = (),
+    ) -> Compaction | None:
+        """The cheapest moves that make a hole of `num_elements` in `[lowest, highest)`; ranges as in `find`.
+
+        At most `max_moved` elements are moved, and only extents whose `is_movable(key)` holds.
+        """
+        top = self.capacity if highest is None else highest
+        spans = [
+            Span(start, end, key, price is not None and lowest <= start and end <= top)
+            for start, end, key, price in self._spans(
+                lambda key: 0.0 if is_movable(key) else None, lowest, avoid
+            )
+            if start < top
+        ]
+        return find_compaction(spans, lowest, top, aligned(num_elements), max_moved)
 
     def check_invariants(self) -> None:
         """Extents are ordered, disjoint, aligned and inside the arena.
@@ -155,15 +198,16 @@ class ExtentMap:
         assert self.num_held == sum(extent.end - extent.start for extent in self._extents)
 
     def _spans(
-        self, cost: Callable[[str], float | None], lowest: int, avoid: tuple[int, int] | None
+        self, cost: Callable[[str], float | None], lowest: int, avoid: Sequence[tuple[int, int]]
     ) -> list[tuple[int, int, str, float | None]]:
         spans: list[tuple[int, int, str, float | None]] = []
         for extent in self._extents:
             if extent.end <= lowest:
                 continue
-            if avoid is not None and extent.start < avoid[1] and avoid[0] < extent.end:
+            if any(extent.start < area[1] and area[0] < extent.end for area in avoid):
                 continue
             spans.append((extent.start, extent.end, extent.key, cost(extent.key)))
-        if avoid is not None and avoid[1] > lowest:
-            insort(spans, (avoid[0], avoid[1], "", None), key=lambda span: span[0])
+        for area in avoid:
+            if area[1] > lowest:
+                insort(spans, (*area, "", None), key=lambda span: span[0])
         return spans

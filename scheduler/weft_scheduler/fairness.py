@@ -2,8 +2,9 @@
 
 Every flow has a tag, the virtual time at which its next piece of work starts; a charge of `price` moves it on
 by `price / weight`. The flow with the smallest tag is served. Virtual time follows the smallest tag of the
-backlogged flows, and a flow that returns is lifted to it: idleness is not banked. It does not know what a
-price stands for.
+backlogged flows, and a flow that returns is lifted to it: idleness is not banked. A backlogged flow that
+cannot be served (its adapter is on its way, nothing has room) banks at most `MAX_CREDIT` behind the others.
+It does not know what a price stands for.
 
 Source: Goyal, Vin, Cheng: Start-time Fair Queuing (SIGCOMM 1996); Sheng et al.: Fairness in Serving LLMs
 (OSDI 2024).
@@ -11,7 +12,10 @@ Source: Goyal, Vin, Cheng: Start-time Fair Queuing (SIGCOMM 1996); Sheng et al.:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
+
+MAX_CREDIT = 30.0
+"""How far the tag of a backlogged flow may lag behind the largest, in units of price."""
 
 _MAX_REMEMBERED = 4096
 
@@ -43,17 +47,27 @@ class FairQueue:
         """The virtual start time of the flow's next piece of work."""
         return self._tags.get(flow, self.virtual_time)
 
-    def charge(self, flow: str, price: float) -> None:
-        """Account for work of a stand-alone `price` (seconds) done for a flow."""
-        self._tags[flow] = self.tag(flow) + price / self._weights.get(flow, 1.0)
+    def weight(self, flow: str) -> float:
+        """The weight of a flow."""
+        return self._weights.get(flow, 1.0)
 
-    def advance(self, backlogged: Iterable[str]) -> None:
+    def tag_after(self, flow: str, price: float) -> float:
+        """The tag that the flow would have after a charge."""
+        return self.tag(flow) + price / self.weight(flow)
+
+    def charge(self, flow: str, price: float) -> None:
+        """Account for work of `price` done for a flow; a negative price corrects an earlier one."""
+        self._tags[flow] = self.tag_after(flow, price)
+
+    def advance(self, backlogged: Collection[str]) -> None:
         """Move virtual time to the smallest backlogged tag; without a backlog nobody is owed anything: to the
         largest.
         """
-        tags = [self.tag(flow) for flow in backlogged]
-        if tags:
-            self.virtual_time = max(self.virtual_time, min(tags))
+        if backlogged:
+            tags = {flow: self.tag(flow) for flow in backlogged}
+            lowest = max(tags.values()) - MAX_CREDIT
+            self._tags.update((flow, lowest) for flow, tag in tags.items() if tag < lowest)
+            self.virtual_time = max(self.virtual_time, lowest, min(tags.values()))
         elif self._tags:
             self.virtual_time = max(self.virtual_time, max(self._tags.values()))
         if len(self._tags) > _MAX_REMEMBERED:

@@ -1,61 +1,102 @@
-"""Decodes and prompts: who runs, who is admitted, and what gives way when KV blocks run out.
+"""Decodes and prompts: who runs, who is admitted, and what gives way when room runs out.
 
-Every running sequence decodes in every plan; prompts fill what the budget leaves. When blocks run out,
-training packs are dropped first, then the youngest running sequence of the lowest priority is preempted. The
-oldest is never preempted while another runs, so that something always finishes.
+Every running sequence decodes in every plan; prompts fill what the budget leaves. Tenants are admitted in the
+order of their shares, and a tenant that is ahead of another tenant's finetuning waits for it: inference goes
+before finetuning only inside its tenant's share.
+
+When blocks run out, training packs are dropped first, then running sequences are preempted: flex ones first,
+of the tenant that holds the most blocks for its weight, the last in its own order. A request that has waited
+too long for a place takes one from a tenant that has more places for its weight. The first sequence of all is
+never preempted while another runs, so that something always finishes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heapreplace
+from itertools import chain
+from math import inf
 
-from weft_scheduler.cost import PlanFeatures
 from weft_scheduler.draft import PlanDraft
-from weft_scheduler.requests import Sequence, SequenceStatus
+from weft_scheduler.requests import Sequence
 from weft_scheduler.state import SchedulerState
+from weft_scheduler.training_policy import runnable_tenants
 
 MIN_PREFILL_TOKENS = 64
 """Prompt tokens that every plan takes, whatever the budget."""
 
+MAX_LEAD_S = 0.5
+"""How far a tenant may be ahead of another tenant's runnable finetuning before its requests must wait."""
+
+
+def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
+    """Preempt one sequence if all places are taken and somebody has waited too long for a fair part of them.
+
+    The tenant whose first request waits longest gets a place of the tenant that has most places for its
+    weight, provided that it still has fewer for its own weight once the place has changed hands.
+    """
+    if len(state.running) < state.limits.max_num_seqs:
+        return
+    places = state.num_running
+    overdue = [
+        (head.waiting_since_s, tenant)
+        for tenant in state.waiting.tenants
+        if (head := _head(state, tenant)) is not None
+        and draft.now_s - head.waiting_since_s >= state.limits.max_wait_s
+    ]
+    for _, tenant in sorted(overdue):
+        weight = state.shares.weight
+        donor = max(places, key=lambda t: places[t] / weight(t))
+        if (places[tenant] + 1) / weight(tenant) <= (places[donor] - 1) / weight(donor):
+            own = [seq for seq in state.by_precedence()[1:] if seq.spec.tenant == donor]
+            state.preempt(own[-1], draft)
+            return
+
+
+def _head(state: SchedulerState, tenant: str) -> Sequence | None:
+    """The first waiting request of a tenant that could start if there were a place."""
+    if state.is_at_its_concurrency(tenant):
+        return None
+    heads = state.waiting.heads_among(tenant, state.residency.extents)
+    return next((seq for seq in heads if _is_admissible(state, seq)), None)
+
 
 def plan_decodes(state: SchedulerState, draft: PlanDraft) -> None:
-    """One token of every running sequence whose prompt is computed; each is charged to its tenant."""
+    """One token of every running sequence whose prompt is computed."""
     capacity = state.limits.block_size
-    running = state.running
-    num_tokens: Counter[str] = Counter()
-    idx = 0
-    while idx < len(running):
-        sequence = running[idx]
+    running = state.by_precedence()
+    _make_room_for_decodes(state, draft, running)
+    for sequence in running:
         if sequence.is_prefilling or sequence.num_planned >= sequence.max_new_tokens:
-            idx += 1
             continue
         if sequence.num_computed == len(sequence.block_ids) * capacity:
-            if not _find_block(state, draft, sequence):
-                idx += sequence.status is SequenceStatus.RUNNING
+            taken = state.blocks.try_allocate(1)
+            if taken is None:
                 continue
-            sequence.block_ids.extend(state.blocks.allocate(1))
+            sequence.block_ids.extend(taken)
         draft.add_decode(sequence)
-        num_tokens[sequence.spec.tenant] += 1
-        idx += 1
-    if num_tokens:
-        price_s = state.cost.predict(PlanFeatures(forward_tokens=1, num_sequences=1))
-        for tenant, count in num_tokens.items():
-            state.inference_shares.charge(tenant, price_s * count)
 
 
 def plan_prefills(
-    state: SchedulerState, draft: PlanDraft, budget_s: float, num_kept_tokens: int, num_kept_blocks: int
+    state: SchedulerState,
+    draft: PlanDraft,
+    budget_s: float,
+    num_kept_tokens: int = 0,
+    num_kept_blocks: int = 0,
+    *,
+    yields: bool = True,
 ) -> None:
     """Chunks of running prompts, then of newly admitted ones, within the budget.
 
     `num_kept_tokens` rows of the batch and, for new admissions, `num_kept_blocks` free blocks are left alone.
+    With `yields`, tenants that are ahead of the finetuning of others admit nothing.
     """
-    for sequence in state.running:
+    for sequence in state.by_precedence():
         if sequence.is_prefilling and not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
             return
-    for sequence in _admissions(state, draft, budget_s, num_kept_tokens, num_kept_blocks):
+    limit = _lead_limit(state, draft.iteration) if yields else lambda _tenant: inf
+    for sequence in _admissions(state, draft, budget_s, limit, num_kept_tokens, num_kept_blocks):
         if not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
             return
 
@@ -75,29 +116,90 @@ def _add_chunk(draft: PlanDraft, sequence: Sequence, budget_s: float, num_kept_t
 
 
 def _admissions(
-    state: SchedulerState, draft: PlanDraft, budget_s: float, num_kept_tokens: int, num_kept_blocks: int
+    state: SchedulerState,
+    draft: PlanDraft,
+    budget_s: float,
+    limit: Callable[[str], float],
+    num_kept_tokens: int,
+    num_kept_blocks: int,
 ) -> Iterator[Sequence]:
     """Admit waiting sequences one by one: the least served tenant's first whose adapter is on the device.
 
-    Stops at the first that finds no blocks, so that small requests do not overtake a large one for ever.
+    What a tenant has admitted and not yet computed counts as served. Stops at the first that finds no blocks,
+    so that small requests do not overtake a large one for ever.
     """
-    shares = state.inference_shares
-    heap = [(shares.tag(tenant), tenant) for tenant in state.waiting.tenants]
+    if not state.waiting or len(state.running) >= state.limits.max_num_seqs:
+        return
+    admitted_s = _admitted_price_s(state)
+    heap = [(state.shares.tag_after(tenant, admitted_s[tenant]), tenant) for tenant in state.waiting.tenants]
     heapify(heap)
     while heap and len(state.running) < state.limits.max_num_seqs:
         has_time = draft.num_prefill_tokens < MIN_PREFILL_TOKENS or draft.predicted_s < budget_s
         if not has_time or draft.tokens_left <= num_kept_tokens:
             return
-        tenant = heap[0][1]
-        sequence = next((seq for seq in state.waiting.heads(tenant) if _is_admissible(state, seq)), None)
+        tag, tenant = heap[0]
+        sequence = None if tag > limit(tenant) else _next_of(state, tenant, draft.now_s)
         if sequence is None:
             heappop(heap)
             continue
         if not _find_prompt_blocks(state, draft, sequence, num_kept_blocks):
             return
         state.admit(sequence)
-        heapreplace(heap, (shares.tag(tenant), tenant))
+        admitted_s[tenant] += state.prompt_price_s(sequence.prefill_target, sequence.num_computed)
+        heapreplace(heap, (state.shares.tag_after(tenant, admitted_s[tenant]), tenant))
         yield sequence
+
+
+def _admitted_price_s(state: SchedulerState) -> defaultdict[str, float]:
+    """By tenant, the price of the prompt tokens that are admitted and not computed."""
+    prices: defaultdict[str, float] = defaultdict(float)
+    for sequence in state.running:
+        if sequence.is_prefilling:
+            prices[sequence.spec.tenant] += state.prompt_price_s(
+                sequence.prefill_target, sequence.num_computed
+            )
+    return prices
+
+
+def _lead_limit(state: SchedulerState, iteration: int) -> Callable[[str], float]:
+    """By tenant, the tag beyond which its requests must wait for the finetuning of others.
+
+    Only finetuning that could run now holds anybody back.
+    """
+    trained = sorted((state.shares.tag(tenant), tenant) for tenant in runnable_tenants(state, iteration))[:2]
+
+    def limit(tenant: str) -> float:
+        others = (tag for tag, other in trained if other != tenant)
+        return next(others, inf) + MAX_LEAD_S
+
+    return limit
+
+
+def _next_of(state: SchedulerState, tenant: str, now_s: float) -> Sequence | None:
+    """The tenant's next sequence that can start and need not wait for what a running one is computing.
+
+    Overdue flex ones come in their turn. Those that must wait are set apart, so that siblings share a
+    prompt's blocks instead of computing it once each.
+    """
+    if state.is_at_its_concurrency(tenant):
+        return None
+    passed: set[Sequence] = set()
+    while True:
+        overdue = state.waiting.overdue_flex(tenant, now_s - state.limits.max_flex_wait_s)
+        heads = state.waiting.heads_among(tenant, state.residency.extents)
+        for sequence in chain(overdue, heads):
+            if sequence in passed or not _is_admissible(state, sequence):
+                continue
+            awaited = state.awaited_contents(sequence)
+            if awaited is None:
+                sequence.has_aged = sequence in overdue
+                return sequence
+            passed.add(sequence)
+            if awaited != sequence.awaited:
+                state.waiting.set_apart(sequence, awaited)
+                break
+        else:
+            return None
 
 
 def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
@@ -110,11 +212,11 @@ def _is_admissible(state: SchedulerState, sequence: Sequence) -> bool:
 def _find_prompt_blocks(
     state: SchedulerState, draft: PlanDraft, sequence: Sequence, num_kept_blocks: int
 ) -> bool:
-    """Whether blocks for all tokens of a sequence are free, and one to grow for each that runs; may drop
+    """Whether the blocks that a sequence cannot share are free, and one to grow for each that runs; may drop
     packs.
     """
     blocks = state.blocks
-    needed = state.limits.num_blocks_for(sequence.num_tokens) + len(state.running)
+    needed = state.num_blocks_to_find(sequence) + len(state.running)
     if blocks.num_free >= needed + num_kept_blocks:
         return True
     draft.is_short_of_blocks = True
@@ -135,33 +237,51 @@ def _find_prompt_blocks(
     return blocks.num_free >= needed
 
 
-def _find_block(state: SchedulerState, draft: PlanDraft, sequence: Sequence) -> bool:
-    """Whether a block is free for a decode, taking it from packs and then from younger sequences.
+def _make_room_for_decodes(state: SchedulerState, draft: PlanDraft, running: list[Sequence]) -> None:
+    """Free a block for every decode that needs one: of packs, then of sequences, which leave `running`.
 
-    False: the sequence sits this plan out (a block is about to be free), or has been preempted itself.
+    Where blocks are about to be free, the last of those that need one sit this plan out.
 
     Raises:
-        MemoryError: it holds every block and wants more, which `add_request` rules out.
+        MemoryError: a sequence holds every block and wants more, which `add_request` rules out.
     """
     blocks = state.blocks
-    while not blocks.num_free:
+    while (missing := sum(_needs_block(state, seq) for seq in running) - blocks.num_free) > 0:
         draft.is_short_of_blocks = True
-        if blocks.num_pending > draft.num_claimed_blocks:
-            draft.num_claimed_blocks += 1
-            return False
-        is_alone = len(state.running) == 1
+        if blocks.num_pending >= missing:
+            draft.num_claimed_blocks = missing
+            return
+        is_alone = len(running) == 1
         is_dropped = _try_drop_pack(state, draft, spare_protected=not is_alone)
         if is_dropped is None:
-            return False
+            return
         if is_dropped:
             continue
         if is_alone:
-            raise MemoryError(f"sequence {sequence.spec.sequence_id} needs more than all KV blocks")
-        victim = state.running[-1]
+            raise MemoryError(f"sequence {running[0].spec.sequence_id} needs more than all KV blocks")
+        victim = _victim(state, running)
         state.preempt(victim, draft)
-        if victim is sequence:
-            return False
-    return True
+        running.remove(victim)
+
+
+def _needs_block(state: SchedulerState, sequence: Sequence) -> bool:
+    """Whether the sequence decodes in this plan and its blocks are full."""
+    is_full = sequence.num_computed == len(sequence.block_ids) * state.limits.block_size
+    return is_full and sequence.num_planned < sequence.max_new_tokens
+
+
+def _victim(state: SchedulerState, running: list[Sequence]) -> Sequence:
+    """Who gives way: of the tenant that holds the most blocks for its weight, the last; flex ones before all.
+
+    `running` is in the order of precedence; the first is spared.
+    """
+    others = running[1:]
+    candidates = [seq for seq in others if seq.is_flex and not seq.has_aged] or others
+    held: Counter[str] = Counter()
+    for sequence in candidates:
+        held[sequence.spec.tenant] += len(sequence.block_ids)
+    tenant = max(held, key=lambda t: held[t] / state.shares.weight(t))
+    return next(seq for seq in reversed(candidates) if seq.spec.tenant == tenant)
 
 
 def _try_drop_pack(state: SchedulerState, draft: PlanDraft, *, spare_protected: bool) -> bool | None:

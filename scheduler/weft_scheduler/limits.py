@@ -14,15 +14,16 @@ class Limits:
     `num_blocks` KV blocks of `block_size` tokens are shared by inference and finetuning; packs are admitted
     only while `inference_reserve_blocks` stay free. A flat forward batch holds at most `max_batch_tokens`
     tokens of at most `max_num_seqs` sequences; a sequence is at most `max_model_len` tokens long. Adapters
-    live in `num_adapter_slots` slots and `arena_elements` elements, of which training adapters pin at most
-    `training_adapter_share`.
+    live in `num_adapter_slots` slots and `arena_elements` elements, of which training adapters hold at most
+    `training_adapter_share` and pinned ones at most `pinned_adapter_share`.
 
     Packs alive at once (admitted, backward not finished) hold at most `max_train_tokens` tokens; they are
     forwarded in windows of `window_tokens`.
 
     `max_inflight` plans may be uncommitted at a time: 1 is synchronous, 2 makes the next plan while one runs.
     A request that has waited `max_wait_s` for room for its adapter, and a pack that has waited
-    `max_training_wait_s` for KV blocks, hold back new admissions until theirs fits.
+    `max_training_wait_s` for KV blocks, hold back new admissions until theirs fits. A flex request that
+    arrived `max_flex_wait_s` ago takes turns with its tenant's default ones.
     """
 
     num_blocks: int
@@ -38,8 +39,10 @@ class Limits:
     max_inflight: int = 1
     inference_reserve_blocks: int = 0
     training_adapter_share: float = 0.5
+    pinned_adapter_share: float = 0.0
     max_wait_s: float = 2.0
     max_training_wait_s: float = 10.0
+    max_flex_wait_s: float = 30.0
 
     def __post_init__(self) -> None:
         """Refuse sizes with which some work could never run.
@@ -50,14 +53,16 @@ class Limits:
         may_be_zero = {"num_adapter_slots", "arena_elements", "max_train_tokens", "inference_reserve_blocks"}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "training_adapter_share":
+            if field.name.endswith("_share"):
                 continue
             lowest = 0 if field.name in may_be_zero or field.name.endswith("_s") else 1
             if value < lowest:
                 raise ValueError(f"{field.name} is {value}; it must be at least {lowest}")
-        if not 0.0 <= self.training_adapter_share <= 1.0:
+        shares = (self.training_adapter_share, self.pinned_adapter_share)
+        if not 0.0 <= min(shares) <= sum(shares) <= 1.0:
             raise ValueError(
-                f"training_adapter_share is {self.training_adapter_share}; it must be within 0 and 1"
+                f"training_adapter_share is {shares[0]} and pinned_adapter_share {shares[1]}; each must be "
+                "within 0 and 1, and so must their sum"
             )
         if self.max_batch_tokens <= self.max_num_seqs:
             raise ValueError(

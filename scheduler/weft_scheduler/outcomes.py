@@ -15,11 +15,15 @@ class StepResult:
 
 
 class SequenceToken(NamedTuple):
-    """A sequence has got a token; with a `finish_reason` it was the last one."""
+    """A sequence has got a token; with a `finish_reason` it was the last one.
+
+    `num_cached_tokens` of its prompt were in the prefix cache when it was first admitted.
+    """
 
     sequence_id: str
     token_id: int
     finish_reason: Literal["stop", "length"] | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

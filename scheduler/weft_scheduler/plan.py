@@ -63,11 +63,27 @@ class AdapterLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterMove:
+    """Copy the adapter at `slot` from `[source, source + num_elements)` of the arena to the same length at
+    `destination`, which may overlap it, and point the slot there. No plan in flight reads the adapter.
+    """
+
+    adapter: str
+    slot: int
+    source: int
+    destination: int
+    num_elements: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What changes hands before the iteration runs. Fetches and loads start now and end whenever they end."""
+    """What changes hands before the iteration runs, in this order: evictions, moves one after the other,
+    loads, fetches. Fetches and loads start now and end whenever they end.
+    """
 
     adapter_fetches: tuple[str, ...] = ()
     adapter_loads: tuple[AdapterLoad, ...] = ()
+    adapter_moves: tuple[AdapterMove, ...] = ()
     adapter_evictions: tuple[tuple[str, int], ...] = ()
     preempted: tuple[str, ...] = ()
     dropped_packs: tuple[str, ...] = ()
@@ -78,7 +94,9 @@ class StepPlan:
     """Everything that one iteration does.
 
     `optimizer_steps` are jobs whose step is complete: their update runs after `backward`. `predicted_s` is
-    the cost model's time for the iteration, `budget_s` the latency budget that it was filled up to.
+    the cost model's time for the iteration, `budget_s` the latency budget that it was filled up to. `expired`
+    are requests that reached their deadline, each told once, also by a plan that `is_empty`; they are
+    forgotten.
     """
 
     iteration: int
@@ -88,6 +106,7 @@ class StepPlan:
     memory: MemoryPlan = MemoryPlan()
     predicted_s: float = 0.0
     budget_s: float = 0.0
+    expired: tuple[str, ...] = ()
 
     @property
     def num_forward_tokens(self) -> int:

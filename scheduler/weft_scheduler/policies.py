@@ -13,7 +13,7 @@ from typing import Protocol
 
 from weft_scheduler.budget import SAFETY, BudgetController
 from weft_scheduler.draft import PlanDraft
-from weft_scheduler.inference_policy import plan_decodes, plan_prefills
+from weft_scheduler.inference_policy import make_room_for_the_overdue, plan_decodes, plan_prefills
 from weft_scheduler.state import SchedulerState
 from weft_scheduler.training_policy import (
     finish_layer,
@@ -36,17 +36,24 @@ class Policy(Protocol):
 
 
 class WeftPolicy:
-    """Everything that decodes, prompts as far as the budget goes, then finetuning up to the budget."""
+    """Everything that decodes, prompts as far as the budget goes, then finetuning up to the budget.
+
+    A tenant that is ahead of another tenant's finetuning admits no prompts, unless nothing else could run.
+    """
 
     def fill(self, state: SchedulerState, draft: PlanDraft, budget: BudgetController) -> float:
         """See `Policy.fill`."""
+        make_room_for_the_overdue(state, draft)
         plan_decodes(state, draft)
         budget_s = budget.decode_budget_s if draft.num_decodes else budget.open_budget_s
         is_due = trickle_is_due(state)
         num_kept_tokens = state.limits.window_tokens if is_due else 0
         plan_prefills(state, draft, budget_s, num_kept_tokens, num_kept_blocks(state, draft.now_s))
         left_s = min(budget_s, budget.decode_budget_s) if draft.forward else budget_s
-        plan_training(state, draft, left_s, is_due=is_due)
+        if is_due or not budget.wants_probe(draft.num_decodes, draft.num_prefill_tokens):
+            plan_training(state, draft, left_s, is_due=is_due)
+        if draft.is_empty:
+            plan_prefills(state, draft, budget_s, yields=False)
         return budget_s
 
 
@@ -78,7 +85,8 @@ class StaticCapPolicy:
         del budget
         plan_decodes(state, draft)
         num_kept_tokens = max(0, state.limits.max_batch_tokens - self.max_tokens)
-        plan_prefills(state, draft, inf, num_kept_tokens, num_kept_blocks(state, draft.now_s))
+        num_kept = num_kept_blocks(state, draft.now_s)
+        plan_prefills(state, draft, inf, num_kept_tokens, num_kept, yields=False)
         left = self.max_tokens - draft.tally.forward_tokens
         plan_capped_training(state, draft, min(self.max_train_tokens, left), self.num_layers)
         return inf
@@ -108,7 +116,7 @@ class AlternatingPolicy:
                 return left_s
         plan_decodes(state, draft)
         budget_s = target_s if draft.num_decodes else budget.open_budget_s
-        plan_prefills(state, draft, budget_s, 0, num_kept_blocks(state, draft.now_s))
+        plan_prefills(state, draft, budget_s, 0, num_kept_blocks(state, draft.now_s), yields=False)
         self._inference_s = draft.predicted_s
         self._must_finish_layer = draft.must_finish_layer
         self._stops_between_layers = draft.stops_between_layers
@@ -132,7 +140,7 @@ class NoCoservingPolicy:
         """See `Policy.fill`."""
         plan_decodes(state, draft)
         budget_s = budget.decode_budget_s if draft.num_decodes else budget.open_budget_s
-        plan_prefills(state, draft, budget_s, 0, 0)
+        plan_prefills(state, draft, budget_s, yields=False)
         if draft.must_finish_layer:
             finish_layer(state, draft)
         if not draft.forward:

@@ -7,15 +7,22 @@ clocks.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from weft_scheduler.prefix import PrefixChain, PrefixSpec
+
 
 class RequestTooLarge(ValueError):
     """A request, pack or adapter that can never run here; the message gives the value and the limit."""
+
+
+class ServiceTier(Enum):
+    """Request classes: flex waits behind its tenant's default requests, and gives way first."""
+
+    DEFAULT = "default"
+    FLEX = "flex"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +31,9 @@ class RequestSpec:
 
     At most `max_new_tokens` tokens are generated; a token of `stop_token_ids` ends the sequence once
     `min_new_tokens` tokens (it included) have been generated. `adapter` is a digest, None is the base model;
-    `adapter_elements` is 0 if its size is not known before it is fetched. Within a tenant, lower `priority`
-    goes first.
+    `adapter_elements` is 0 if its size is not known before it is fetched. Within a tenant, default goes
+    before flex, then lower `priority` first. Without `prefix` the request neither reads the prefix cache nor
+    adds to it. At `deadline_s`, on the clock of `now`, the request is dropped wherever it is.
     """
 
     sequence_id: str
@@ -37,6 +45,9 @@ class RequestSpec:
     adapter: str | None = None
     adapter_elements: int = 0
     priority: int = 0
+    prefix: PrefixSpec | None = None
+    tier: ServiceTier = ServiceTier.DEFAULT
+    deadline_s: float | None = None
 
 
 class SequenceStatus(Enum):
@@ -53,16 +64,24 @@ class Sequence:
 
     `num_computed` tokens have keys and values (counting plans in flight), `num_planned` tokens have been
     sampled by plans made, `num_generated` by plans committed. `last_planned` is the last iteration that it
-    took part in. `order` is unique and grows with arrival. Everything below `prefill_target` is computed as
-    prompt.
+    took part in. `arrived_s` is when it was asked for, `waiting_since_s` when it last began to wait. `order`
+    is unique and grows with arrival. Everything below `prefill_target` is computed as prompt. `has_aged` says
+    that a flex sequence was admitted because it was overdue; `prompt_price_s` is what its prompt would take
+    alone, from where it waits.
+
+    `chain` names the blocks of the tokens known so far; the first `num_named` of its blocks have been entered
+    in the prefix cache, or found there. `awaited` is the contents that it waits for another sequence to
+    compute. `num_cached_tokens` of its prompt were found when it was first admitted.
     """
 
     spec: RequestSpec
     order: int
     max_new_tokens: int
     waiting_since_s: float
+    arrived_s: float
     status: SequenceStatus = SequenceStatus.WAITING
-    is_charged: bool = False
+    has_aged: bool = False
+    prompt_price_s: float = 0.0
     num_generated: int = 0
     num_planned: int = 0
     num_computed: int = 0
@@ -71,11 +90,25 @@ class Sequence:
     last_planned: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_table: tuple[int, ...] = ()
+    chain: PrefixChain | None = None
+    num_named: int = 0
+    num_cached_tokens: int = 0
+    awaited: bytes | None = None
 
     @property
-    def key(self) -> tuple[int, int]:
-        """Sort key: who goes first, and, reversed, who is preempted first."""
-        return (self.spec.priority, self.order)
+    def is_flex(self) -> bool:
+        """Whether it is of the background class."""
+        return self.spec.tier is ServiceTier.FLEX
+
+    @property
+    def key(self) -> tuple[bool, int, int]:
+        """Sort key within a tenant: who goes first."""
+        return (self.is_flex, self.spec.priority, self.order)
+
+    @property
+    def running_key(self) -> tuple[bool, int]:
+        """Sort key of what runs, over all tenants, whose priorities do not compare: who gives way last."""
+        return (self.is_flex and not self.has_aged, self.order)
 
     @property
     def num_tokens(self) -> int:
@@ -100,6 +133,7 @@ class Sequence:
     def restart(self) -> None:
         """Forget everything computed: keys and values of prompt and generated tokens are computed again."""
         self.num_computed = 0
+        self.num_named = 0
         self.adapter_slot = None
         self.block_ids = []
         self.block_table = ()
@@ -111,78 +145,11 @@ class Sequence:
         return "length" if self.num_generated >= self.max_new_tokens else None
 
 
-def sequence_key(sequence: Sequence) -> tuple[int, int]:
+def sequence_key(sequence: Sequence) -> tuple[bool, int, int]:
     """`sequence.key`, for sorting."""
     return sequence.key
 
 
-class WaitingQueue:
-    """Waiting sequences by tenant and adapter, each queue ordered by (priority, arrival).
-
-    Only the heads of the queues are ever looked at, so that thousands of waiters of one adapter cost nothing.
-    """
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self._queues: dict[str, dict[str | None, list[Sequence]]] = {}
-        self._heads: dict[str, list[Sequence]] = {}
-        self._num_waiting = 0
-
-    def __len__(self) -> int:
-        """Sequences waiting."""
-        return self._num_waiting
-
-    def __iter__(self) -> Iterator[Sequence]:
-        """All waiting sequences, in no particular order."""
-        for queues in self._queues.values():
-            for queue in queues.values():
-                yield from queue
-
-    @property
-    def tenants(self) -> list[str]:
-        """Tenants with waiting sequences."""
-        return list(self._queues)
-
-    def add(self, sequence: Sequence) -> bool:
-        """Queue a sequence; returns whether its tenant had nothing waiting before."""
-        is_new = sequence.spec.tenant not in self._queues
-        queue = self._queues.setdefault(sequence.spec.tenant, {}).setdefault(sequence.spec.adapter, [])
-        insort(queue, sequence, key=sequence_key)
-        if queue[0] is sequence:
-            self._heads.pop(sequence.spec.tenant, None)
-        self._num_waiting += 1
-        return is_new
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out.
-
-        Raises:
-            KeyError: it does not wait.
-        """
-        queues = self._queues[sequence.spec.tenant]
-        queue = queues[sequence.spec.adapter]
-        idx = bisect_left(queue, sequence.key, key=sequence_key)
-        if idx == len(queue) or queue[idx] is not sequence:
-            raise KeyError(sequence.spec.sequence_id)
-        del queue[idx]
-        if idx == 0:
-            self._heads.pop(sequence.spec.tenant, None)
-        self._num_waiting -= 1
-        if not queue:
-            del queues[sequence.spec.adapter]
-        if not queues:
-            del self._queues[sequence.spec.tenant]
-
-    def heads(self, tenant: str) -> Collection[Sequence]:
-        """The first waiter of each of the tenant's adapters, first come first."""
-        if tenant not in self._queues:
-            return ()
-        heads = self._heads.get(tenant)
-        if heads is None:
-            heads = sorted((queue[0] for queue in self._queues[tenant].values()), key=sequence_key)
-            self._heads[tenant] = heads
-        return heads
-
-    def of_adapter(self, adapter: str) -> list[Sequence]:
-        """All waiters of one adapter."""
-        return [seq for queues in self._queues.values() for seq in queues.get(adapter, ())]
+def running_key(sequence: Sequence) -> tuple[bool, int]:
+    """`sequence.running_key`, for sorting."""
+    return sequence.running_key

@@ -3,67 +3,72 @@
     absent → fetching → host → loading → device → (evicted) absent
 
 Owns decisions about places; the bytes belong to whoever carries out the actions that `take_actions` returns.
-An adapter is evicted only when nobody uses it and every plan that could read it is committed, so its slot and
-extent are free at once. Training adapters are packed from the arena's top, inside the share that they may
-pin, and stay until removed; all others are packed from the bottom, so that pinned jobs cannot fragment the
-room that requests rely on.
+An adapter is evicted or moved only when nobody uses it and every plan that could read it is committed, so its
+slot and extent are free at once. Training adapters are packed from the arena's top, inside the share that
+they may hold, and stay until removed; below them lie pinned ones, inside theirs; all others are packed from
+the bottom, so that neither can fragment the room that requests rely on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappop, heappush
+from math import inf
 
-from weft_scheduler.entries import AdapterActions, AdapterState, Entry, Reservation
-from weft_scheduler.extents import ALIGNMENT, ExtentMap, aligned
-from weft_scheduler.plan import AdapterLoad
+from weft_scheduler.entries import AdapterActions, AdapterState, Entry
+from weft_scheduler.eviction import DecayedFrequency, EvictionPolicy
+from weft_scheduler.extents import Placement, aligned
+from weft_scheduler.places import ArenaPlaces
+from weft_scheduler.regions import Regions
+from weft_scheduler.relocation import Relocation
 from weft_scheduler.requests import RequestTooLarge
+from weft_scheduler.reservations import Reservation, Reservations
+from weft_scheduler.staging import HostStaging
 
-RELOAD_OVERHEAD_ELEMENTS = 1 << 20
-"""The fixed latency of a reload, as the number of elements copied in that time: small adapters are dear for
-their size.
-"""
+PIN_RETRY_S = 30.0
+"""After how long a pinned adapter that could not be fetched is tried again."""
 
-_MIN_AGE_S = 1e-3
-_UNUSED_PENALTY_TOKENS = 1 << 20
+_MISPLACED_PIN_PENALTY = 1e18
 
 
 class Residency:
     """Adapters by key (digest, or the key of a training adapter)."""
 
-    def __init__(self, num_slots: int, arena_elements: int, training_share: float) -> None:
-        """Start with an empty arena."""
-        self.extents = ExtentMap(arena_elements)
+    def __init__(
+        self,
+        num_slots: int,
+        arena_elements: int,
+        training_share: float,
+        *,
+        pinned_share: float = 0.0,
+        is_synchronous: bool = False,
+        policy: EvictionPolicy | None = None,
+    ) -> None:
+        """Start with an empty arena.
+
+        `is_synchronous` says that no plan is in flight when one is made: then adapters in use may be moved
+        too. `policy` is by default a `DecayedFrequency`.
+        """
+        self.places = ArenaPlaces(num_slots, arena_elements)
+        self.extents = self.places.extents
+        capacity = self.extents.capacity
+        self.regions = Regions.divide(capacity, num_slots, training_share, pinned_share)
         self.entries: dict[str, Entry] = {}
         self.missing: dict[str, Entry] = {}
-        self.reservation: Reservation | None = None
-        self.num_slots = num_slots
-        self.training_elements = int(self.extents.capacity * training_share) // ALIGNMENT * ALIGNMENT
-        self.max_training_slots = min(max(1, int(num_slots * training_share)), max(num_slots - 1, 0))
-        if training_share == 0.0:
-            self.max_training_slots = 0
-        self._free_slots = list(range(num_slots))
+        self.on_host: dict[str, Entry] = {}
+        self.pinned: dict[str, Entry] = {}
+        self._pins: dict[str, None] = {}
+        self.reservations = Reservations(capacity, num_slots)
+        self._relocation = Relocation(self.places, self.regions, self.reservations)
+        self.staging = HostStaging(capacity)
+        self._policy: EvictionPolicy = policy or DecayedFrequency()
+        self._is_synchronous = is_synchronous
         self._leaving: list[Entry] = []
-        self._staged_elements = 0
-        self._largest_known = 0
         self._num_training_slots = 0
         self._now_s = 0.0
         self._committed = 0
-        self._evictions: list[tuple[str, int]] = []
-        self._loads: list[AdapterLoad] = []
         self._fetches: list[str] = []
 
     # ------------------------------------------------------------ questions
-
-    @property
-    def max_inference_elements(self) -> int:
-        """The largest adapter that can always be given room, whatever jobs pin."""
-        return self.extents.capacity - self.training_elements
-
-    @property
-    def num_resident(self) -> int:
-        """Slots in use (loading or loaded)."""
-        return self.num_slots - len(self._free_slots)
 
     def slot(self, key: str) -> int | None:
         """The slot of an adapter that is on the device, else None."""
@@ -72,14 +77,7 @@ class Residency:
 
     def is_admitting(self, key: str) -> bool:
         """Whether new users may be added: it is on the device and not about to leave for a reservation."""
-        if self.reservation is not None and key in self.reservation.victims:
-            return False
-        return self.slot(key) is not None
-
-    def room_to_fetch(self, entry: Entry) -> bool:
-        """Whether another fetch keeps what waits in host memory within one arena (one always may)."""
-        staged = self._staged_elements
-        return not staged or staged + self._size_or_guess(entry) <= self.extents.capacity
+        return self.slot(key) is not None and not self.reservations.is_victim(key)
 
     # ------------------------------------------------------------ demand
 
@@ -100,6 +98,7 @@ class Residency:
         elif entry.is_training != is_training or 0 != num_elements != entry.num_elements != 0:
             raise ValueError(f"adapter {key} has {entry.num_elements} elements, not {num_elements}")
         entry.num_waiting += 1
+        entry.retry_at_s = self._now_s if not is_training else entry.retry_at_s
 
     def unwant(self, key: str) -> None:
         """One waiter less; an adapter that nobody waits for any more is not brought nearer."""
@@ -119,7 +118,7 @@ class Residency:
         entry.num_waiting -= 1
         entry.num_users += 1
         entry.is_fresh = False
-        entry.last_used_s = self._now_s
+        self._policy.used(key)
         return entry.slot
 
     def release(self, key: str, fence: int) -> None:
@@ -127,7 +126,41 @@ class Residency:
         entry = self.entries[key]
         entry.num_users -= 1
         entry.fence = max(entry.fence, fence)
-        entry.last_used_s = self._now_s
+
+    def pin(self, key: str) -> None:
+        """Bring an adapter near and keep it on the device until `unpin`. Pinning twice is pinning once.
+
+        Beyond the slots that pins may hold it waits until another is unpinned.
+
+        Raises:
+            ValueError: it is a training adapter.
+        """
+        if key in self.entries and self.entries[key].is_training:
+            raise ValueError(f"{key} is an adapter in training; pin the version that the job publishes")
+        self._pins[key] = None
+        self._grant_pins()
+
+    def unpin(self, key: str) -> None:
+        """Let a pinned adapter leave like any other. Unknown keys are ignored."""
+        self._pins.pop(key, None)
+        entry = self.pinned.pop(key, None)
+        if entry is not None:
+            entry.is_pinned = False
+            self._forget_if_unwanted(entry)
+            self._grant_pins()
+
+    def _grant_pins(self) -> None:
+        for key in self._pins:
+            if len(self.pinned) >= self.regions.max_pinned_slots:
+                return
+            if key in self.pinned:
+                continue
+            entry = self.entries.get(key)
+            if entry is None:
+                entry = self.entries[key] = self.missing[key] = Entry(key, 0, is_training=False)
+            entry.is_pinned = True
+            entry.pinned_since_s = entry.retry_at_s = self._now_s
+            self.pinned[key] = entry
 
     def remove(self, key: str, fence: int) -> None:
         """Forget a training adapter; its place is freed once iteration `fence` is committed. Unknown keys are
@@ -137,8 +170,8 @@ class Residency:
         if entry is None:
             return
         self.missing.pop(key, None)
-        if self.reservation is not None and self.reservation.key == key:
-            self.reservation = None
+        self.on_host.pop(key, None)
+        self.reservations.drop(key)
         if entry.slot is not None:
             entry.fence = max(entry.fence, fence)
             self._leaving.append(entry)
@@ -156,13 +189,13 @@ class Residency:
             return None
         if entry.num_elements not in (0, num_elements):
             return f"adapter {key} has {num_elements} elements, not {entry.num_elements} as announced"
-        reason = self._refusal(key, num_elements, entry.is_training)
+        reason = self._refusal(key, num_elements, entry.is_training) or self._pin_refusal(entry, num_elements)
         if reason is not None:
             return reason
-        self._unstage(entry)
         entry.num_elements = num_elements
-        self._stage(entry)
+        self.staging.add(entry)
         entry.state = AdapterState.HOST
+        self.on_host[key] = entry
         self._forget_if_unwanted(entry)
         return None
 
@@ -171,7 +204,6 @@ class Residency:
         entry = self._loading(key)
         if entry is not None:
             entry.state = AdapterState.DEVICE
-            entry.last_used_s = self._now_s
 
     def failed(self, key: str) -> bool:
         """The fetch or load failed: back to absent. Returns False if none was awaited."""
@@ -180,15 +212,16 @@ class Residency:
             entry = self.entries.get(key)
             if entry is None or entry.state not in (AdapterState.FETCHING, AdapterState.HOST):
                 return False
-            self._unstage(entry)
+            self.staging.remove(entry)
+            self.on_host.pop(key, None)
         else:
-            self._free_place(entry)
+            self.places.free(entry)
+            self._vacated(entry)
         entry.state = AdapterState.ABSENT
-        entry.has_failed = entry.is_training
+        entry.retry_at_s = inf if entry.is_training else self._now_s + PIN_RETRY_S
         if self.entries.get(key) is entry:
             self.missing[key] = entry
-            if self.reservation is not None and self.reservation.key == key:
-                self.reservation = None
+            self.reservations.drop(key)
             self._forget_if_unwanted(entry)
         else:
             self._leaving.remove(entry)
@@ -211,30 +244,31 @@ class Residency:
     def fetch(self, entry: Entry) -> None:
         """Start to fetch an absent adapter."""
         entry.state = AdapterState.FETCHING
-        self._stage(entry)
+        self.staging.add(entry)
         self._fetches.append(entry.key)
 
     def try_load(self, entry: Entry, *, is_aged: bool) -> bool:
-        """Give an adapter in host memory a place and start its load, evicting the least valuable run of idle
-        ones.
+        """Give an adapter in host memory a place and start its load: in a hole; else in the hole that a few
+        moves make; else evicting the least valuable run of idle ones.
 
         Adapters that requests wait for are evicted only for a waiter that `is_aged`, and never before their
         first use. Nothing is evicted in vain: False means that nothing changed.
         """
-        if any(other.key == entry.key for other in self._leaving) or not self._training_slot_free(entry):
+        if any(other.key == entry.key for other in self._leaving) or not self._slot_class_free(entry):
             return False
 
         def cost(key: str) -> float | None:
             return self._eviction_cost(key, is_aged=is_aged)
 
-        area = self.reservation.area if self.reservation is not None else None
-        place = self.extents.find(
-            entry.num_elements, cost, lowest=self._lowest(entry), from_top=entry.is_training, avoid=area
-        )
+        place = self._find(entry, cost)
+        if place is None or place.victims:
+            compacted = self._relocation.try_compact(entry, self.entries, self._is_movable)
+            if compacted is not None:
+                place = Placement(compacted, (), 0.0)
         if place is None:
             return False
         victims = list(place.victims)
-        if not victims and not self._free_slots:
+        if not victims and not self.places.has_free_slot:
             donor = self._cheapest(cost)
             if donor is None:
                 return False
@@ -246,20 +280,23 @@ class Residency:
         """Keep the run of adapters that drains first for an aged waiter (see `Reservation`).
 
         `drain_tokens(key)` is the number of tokens that the users of an adapter may still generate.
+        One that is waited for is not taken before its first use, lest adapters replace each other for ever.
+        False: there is no such run, or reservations hold as much as they may.
         """
-        if self.reservation is not None or not self._training_slot_free(entry):
+        if entry.key in self.reservations or not self._slot_class_free(entry):
+            return False
+        if not self.reservations.has_room_for(aligned(entry.num_elements)):
             return False
 
         def cost(key: str) -> float | None:
             other = self.entries.get(key)
-            if other is None or other.is_training or other.slot is None:
+            if other is None or other.is_training or other.slot is None or self.reservations.is_victim(key):
                 return None
-            is_unused = other.is_fresh and other.num_waiting > 0
-            return 1.0 + drain_tokens(key) + (_UNUSED_PENALTY_TOKENS if is_unused else 0)
+            if self._is_protected(other) or (other.is_fresh and other.num_waiting):
+                return None
+            return 1.0 + drain_tokens(key)
 
-        place = self.extents.find(
-            entry.num_elements, cost, lowest=self._lowest(entry), from_top=entry.is_training
-        )
+        place = self._find(entry, cost)
         if place is None:
             return False
         victims = set(place.victims)
@@ -271,28 +308,37 @@ class Residency:
         start, end = place.offset, place.offset + aligned(entry.num_elements)
         for key in place.victims:
             start, end = min(start, self.extents[key].start), max(end, self.extents[key].end)
-        self.reservation = Reservation(entry.key, place.offset, frozenset(victims), (start, end))
+        self.reservations.add(Reservation(entry.key, place.offset, frozenset(victims), (start, end)))
         return True
 
-    def try_finish_reservation(self) -> None:
-        """Load the reserved adapter if all its victims are idle."""
-        reservation = self.reservation
-        if reservation is None:
-            return
-        entry = self.entries.get(reservation.key)
-        if entry is None or not entry.num_waiting or entry.state is not AdapterState.HOST:
-            self.reservation = None
-            return
-        staying = [key for key in reservation.victims if key in self.extents]
-        if all(self._is_idle(self.entries[key]) for key in staying):
-            self.reservation = None
-            if staying or self._free_slots:
-                self._place(entry, reservation.offset, staying)
+    def finish_reservations(self) -> None:
+        """Load the reserved adapters whose victims are all idle."""
+        for reservation in self.reservations.all():
+            entry = self.entries.get(reservation.key)
+            if entry is None or not entry.is_wanted or entry.state is not AdapterState.HOST:
+                self.reservations.drop(reservation.key)
+                continue
+            staying = [key for key in reservation.victims if key in self.extents]
+            if all(self._is_idle(self.entries[key]) for key in staying):
+                self.reservations.drop(reservation.key)
+                if staying or self.places.has_free_slot:
+                    self._place(entry, reservation.offset, staying)
+
+    def settle_pins(self) -> None:
+        """Move a pinned adapter that lies elsewhere to the region of the pinned, if it may move and finds
+        room.
+        """
+        self._relocation.settle(
+            self.pinned.values(),
+            self._is_movable,
+            lambda key: self._eviction_cost(key, is_aged=False),
+            lambda key: self._evict(self.entries[key]),
+        )
 
     def take_actions(self) -> AdapterActions:
         """What has been decided since the last call."""
-        actions = AdapterActions(tuple(self._evictions), tuple(self._loads), tuple(self._fetches))
-        self._evictions, self._loads, self._fetches = [], [], []
+        actions = AdapterActions(*self.places.take(), tuple(self._fetches))
+        self._fetches = []
         return actions
 
     def check_invariants(self) -> None:
@@ -301,33 +347,35 @@ class Residency:
         Raises:
             AssertionError: they do not.
         """
-        self.extents.check_invariants()
         everyone = [*self.entries.values(), *self._leaving]
         placed = [entry for entry in everyone if entry.slot is not None]
-        slots = [entry.slot for entry in placed if entry.slot is not None]
-        assert sorted([*slots, *self._free_slots]) == list(range(self.num_slots))
-        assert len({entry.key for entry in placed}) == len(placed) == len(self.extents)
+        self.places.check_invariants(placed)
         for entry in everyone:
             is_placed = entry.state in (AdapterState.LOADING, AdapterState.DEVICE)
             assert (entry.slot is not None) == is_placed, entry
-            assert not is_placed or entry.key in self.extents, entry
             assert entry.num_users >= 0 <= entry.num_waiting, entry
             assert not entry.num_users or entry.state is AdapterState.DEVICE, entry
         assert set(self.missing) == {key for key, entry in self.entries.items() if entry.slot is None}
         training = [entry for entry in placed if entry.is_training]
-        assert len(training) == self._num_training_slots <= self.max_training_slots
-        floor = self.extents.capacity - self.training_elements
-        assert all(self.extents[entry.key].start >= floor for entry in training)
+        assert len(training) == self._num_training_slots <= self.regions.max_training_slots
+        assert all(self.places.lies_in(entry.key, self.regions.training) for entry in training)
+        assert set(self.pinned) == {key for key, entry in self.entries.items() if entry.is_pinned}
+        assert set(self.on_host) == {
+            key for key, entry in self.entries.items() if entry.state is AdapterState.HOST
+        }
+        assert len(self.pinned) <= self.regions.max_pinned_slots
+        victims = [key for kept in self.reservations.all() for key in kept.victims]
+        assert len(set(victims)) == len(victims)
         staged = (AdapterState.FETCHING, AdapterState.HOST)
         for entry in everyone:
             assert not entry.staged_elements or entry.state in staged, entry
-        assert self._staged_elements == sum(entry.staged_elements for entry in everyone)
+        assert self.staging.num_elements == sum(entry.staged_elements for entry in everyone)
 
     # ------------------------------------------------------------ inside
 
     def _refusal(self, key: str, num_elements: int, is_training: bool) -> str | None:
-        most = self.training_elements if is_training else self.max_inference_elements
-        num_slots = self.max_training_slots if is_training else self.num_slots
+        most = self.regions.training_elements if is_training else self.regions.max_request_elements
+        num_slots = self.regions.max_training_slots if is_training else self.places.num_slots
         if num_elements >= 1 and aligned(num_elements) <= most and num_slots:
             return None
         room = "the share of the arena that training adapters may pin" if is_training else "the adapter arena"
@@ -335,11 +383,40 @@ class Residency:
             f"adapter {key} has {num_elements} elements; {room} offers {most} elements and {num_slots} slots"
         )
 
-    def _lowest(self, entry: Entry) -> int:
-        return self.extents.capacity - self.training_elements if entry.is_training else 0
+    def _pin_refusal(self, entry: Entry, num_elements: int) -> str | None:
+        """Why a pinned adapter that nobody waits for is not worth its room in host memory."""
+        if not entry.is_pinned or entry.num_waiting:
+            return None
+        most = self.regions.pinned_elements
+        near = (AdapterState.HOST, AdapterState.LOADING, AdapterState.DEVICE)
+        others = [other for other in self.pinned.values() if other is not entry and other.state in near]
+        held = sum(aligned(other.num_elements) for other in others)
+        if held + aligned(num_elements) <= most:
+            return None
+        return (
+            f"pinned adapter {entry.key} has {num_elements} elements; {len(others)} others hold {held} of "
+            f"the {most} elements that may be pinned"
+        )
 
-    def _training_slot_free(self, entry: Entry) -> bool:
-        return not entry.is_training or self._num_training_slots < self.max_training_slots
+    def _find(self, entry: Entry, cost: Callable[[str], float | None]) -> Placement | None:
+        """The cheapest room: of a training adapter in its region, of a pinned one in its own if possible."""
+        avoid = self.reservations.areas
+        lowest, highest = self.regions.of(entry)
+        place = self.extents.find(
+            entry.num_elements,
+            cost,
+            lowest=lowest,
+            highest=highest,
+            from_top=entry.is_training,
+            avoid=avoid,
+        )
+        if place is None and entry.is_pinned:
+            place = self.extents.find(entry.num_elements, cost, avoid=avoid)
+        return place
+
+    def _slot_class_free(self, entry: Entry) -> bool:
+        """Whether a training adapter finds a slot among those that jobs may hold; for others always."""
+        return not entry.is_training or self._num_training_slots < self.regions.max_training_slots
 
     def _is_idle(self, entry: Entry) -> bool:
         return (
@@ -349,16 +426,27 @@ class Residency:
             and entry.fence <= self._committed
         )
 
+    def _is_movable(self, key: str) -> bool:
+        entry = self.entries.get(key)
+        if entry is None or entry.is_training or entry.state is not AdapterState.DEVICE:
+            return False
+        is_unread = self._is_idle(entry) or self._is_synchronous
+        return is_unread and not self.reservations.is_victim(key)
+
     def _eviction_cost(self, key: str, *, is_aged: bool) -> float | None:
         entry = self.entries.get(key)
-        if entry is None or not self._is_idle(entry):
+        if entry is None or not self._is_idle(entry) or self.reservations.is_victim(key):
+            return None
+        if self._is_protected(entry):
             return None
         if entry.num_waiting and (entry.is_fresh or not is_aged):
             return None
-        if self.reservation is not None and key in self.reservation.victims:
-            return None
-        age_s = max(self._now_s - entry.last_used_s, _MIN_AGE_S)
-        return (RELOAD_OVERHEAD_ELEMENTS + entry.num_elements) / age_s
+        value = self._policy.value(key, entry.num_elements)
+        return value + (_MISPLACED_PIN_PENALTY if entry.is_pinned else 0.0)
+
+    def _is_protected(self, entry: Entry) -> bool:
+        """Whether it is pinned and lies where it belongs; elsewhere it leaves last, and comes back there."""
+        return entry.is_pinned and self.places.lies_in(entry.key, self.regions.pinned)
 
     def _cheapest(self, cost: Callable[[str], float | None]) -> str | None:
         priced = [(price, key) for key in self.extents if (price := cost(key)) is not None]
@@ -367,52 +455,33 @@ class Residency:
     def _place(self, entry: Entry, offset: int, victims: list[str]) -> None:
         for key in sorted(victims):
             self._evict(self.entries[key])
-        self._unstage(entry)
+        self.staging.remove(entry)
+        self.on_host.pop(entry.key)
+        self.reservations.drop(entry.key)
         del self.missing[entry.key]
-        entry.slot = heappop(self._free_slots)
         entry.state = AdapterState.LOADING
         entry.is_fresh = True
-        entry.last_used_s = self._now_s
         self._num_training_slots += entry.is_training
-        self.extents.insert(entry.key, offset, entry.num_elements)
-        self._loads.append(AdapterLoad(entry.key, entry.slot, offset, entry.num_elements))
+        self.places.load(entry, offset)
 
     def _evict(self, entry: Entry) -> None:
-        assert entry.slot is not None
-        self._evictions.append((entry.key, entry.slot))
-        self._free_place(entry)
-        entry.state = AdapterState.ABSENT
+        self.places.evict(entry)
+        self._vacated(entry)
         if self.entries.get(entry.key) is entry:
             self.missing[entry.key] = entry
             self._forget_if_unwanted(entry)
 
-    def _free_place(self, entry: Entry) -> None:
-        assert entry.slot is not None
-        self.extents.remove(entry.key)
-        heappush(self._free_slots, entry.slot)
-        entry.slot = None
+    def _vacated(self, entry: Entry) -> None:
+        entry.state = AdapterState.ABSENT
         entry.is_fresh = False
         self._num_training_slots -= entry.is_training
 
-    def _stage(self, entry: Entry) -> None:
-        if not entry.is_training:
-            self._largest_known = max(entry.num_elements, self._largest_known)
-            entry.staged_elements = self._size_or_guess(entry)
-            self._staged_elements += entry.staged_elements
-
-    def _size_or_guess(self, entry: Entry) -> int:
-        """An adapter of unknown size is taken to be as large as the largest known one, at first an eighth."""
-        return entry.num_elements or self._largest_known or max(self.extents.capacity // 8, 1)
-
-    def _unstage(self, entry: Entry) -> None:
-        self._staged_elements -= entry.staged_elements
-        entry.staged_elements = 0
-
     def _forget_if_unwanted(self, entry: Entry) -> None:
-        if entry.num_waiting or entry.state not in (AdapterState.ABSENT, AdapterState.HOST):
+        if entry.is_wanted or entry.state not in (AdapterState.ABSENT, AdapterState.HOST):
             return
         if entry.state is AdapterState.HOST:
-            self._unstage(entry)
+            self.staging.remove(entry)
+            self.on_host.pop(entry.key)
         del self.entries[entry.key]
         del self.missing[entry.key]
 

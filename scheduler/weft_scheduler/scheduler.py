@@ -17,7 +17,7 @@ last plan that could read it has been committed.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -25,11 +25,13 @@ from weft_scheduler.adapter_policy import bring_adapters_nearer
 from weft_scheduler.budget import BudgetController, LatencyTargets
 from weft_scheduler.cost import CostModel
 from weft_scheduler.draft import InFlight, PlanDraft
+from weft_scheduler.drain import TenantQueue
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import MemoryPlan, StepPlan
 from weft_scheduler.policies import Policy, WeftPolicy
-from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence
+from weft_scheduler.prefix import PrefixChain
+from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence, SequenceStatus
 from weft_scheduler.state import SchedulerState
 from weft_scheduler.training import PackSpec, PackStatus
 
@@ -56,9 +58,11 @@ class Scheduler:
         targets: LatencyTargets,
         tenant_weights: Mapping[str, float] | None = None,
         policy: Policy | None = None,
+        flex_targets: LatencyTargets | None = None,
     ) -> None:
         """Start empty; `cost` is refitted by commits. Tenants that `tenant_weights` does not name have weight
-        1. Without a `policy` (this scheduler's alone) it is Weft's.
+        1. Without a `policy` (this scheduler's alone) it is Weft's. `flex_targets` hold while there are flex
+        requests alone; by default they are `FLEX_FACTOR` times as long.
 
         Raises:
             ValueError: a weight is not positive.
@@ -66,6 +70,7 @@ class Scheduler:
         self.limits = limits
         self.cost = cost
         self.budget = BudgetController(targets, limits.max_inflight)
+        self.flex_budget = BudgetController(flex_targets or targets.relaxed(), limits.max_inflight)
         self._state = SchedulerState(limits, cost)
         self._policy = WeftPolicy() if policy is None else policy
         self._in_flight: deque[InFlight] = deque()
@@ -74,6 +79,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_packs_dropped = 0
         self._unreported = MemoryPlan()
+        self.service_s: defaultdict[str, float] = defaultdict(float)
+        """Seconds of iterations charged to each tenant so far, inference and finetuning together."""
         for tenant, weight in (tenant_weights or {}).items():
             self.set_weight(tenant, weight)
 
@@ -95,20 +102,30 @@ class Scheduler:
                 f"{name}: prompt and max_new_tokens must be at least 1, min_new_tokens at least 0"
             )
         room = limits.max_model_len - spec.num_prompt_tokens
-        if room < 1:
+        if room < 0:
             raise RequestTooLarge(
-                f"the prompt has {spec.num_prompt_tokens} tokens; at most {limits.max_model_len - 1} leave "
-                f"room for an answer within the context of {limits.max_model_len}"
+                f"the prompt has {spec.num_prompt_tokens} tokens; the context holds {limits.max_model_len}"
             )
-        max_new_tokens = min(spec.max_new_tokens, room)
+        # The last token sampled is never computed, so a prompt that fills the context can still be scored.
+        max_new_tokens = min(spec.max_new_tokens, max(1, room))
         num_cached = spec.num_prompt_tokens + max_new_tokens - 1
         if num_cached > limits.capacity_tokens:
             raise RequestTooLarge(
                 f"{spec.num_prompt_tokens} prompt tokens and up to {max_new_tokens} new ones need "
                 f"{num_cached} tokens of cache; there are {limits.capacity_tokens}: ask for fewer new tokens"
             )
+        if spec.prefix is not None and len(spec.prefix.token_ids) != spec.num_prompt_tokens:
+            raise ValueError(
+                f"{name}: prefix has {len(spec.prefix.token_ids)} token ids; "
+                f"give those of all {spec.num_prompt_tokens} prompt tokens"
+            )
         self._num_arrivals += 1
-        self._state.enqueue(Sequence(spec, self._num_arrivals, max_new_tokens, now))
+        sequence = Sequence(spec, self._num_arrivals, max_new_tokens, now, now)
+        if spec.prefix is not None:
+            sequence.chain = PrefixChain(spec.prefix.root, limits.block_size, spec.prefix.token_ids)
+        self._state.meter_arrival(spec.tenant, now)
+        self._state.enqueue(sequence)
+        self._state.deadlines.add(sequence)
 
     def abort(self, sequence_id: str) -> bool:
         """Forget a request; returns False if it is not known (it may just have finished)."""
@@ -118,14 +135,35 @@ class Scheduler:
         self._state.retire(sequence)
         return True
 
+    def fail(self, sequence_id: str) -> bool:
+        """Forget a request whose keys and values may be wrong (NaN): as `abort`, and the prefix cache forgets
+        what it holds of its tokens. Call it before the plan that brought this to light is committed.
+        """
+        sequence = self._state.sequences.get(sequence_id)
+        if sequence is not None:
+            self._state.distrust(sequence)
+        return self.abort(sequence_id)
+
     def set_weight(self, tenant: str, weight: float) -> None:
-        """Give a tenant `weight` times the share of a tenant of weight 1, in inference and in finetuning.
+        """Give a tenant `weight` times the share of a tenant of weight 1.
 
         Raises:
             ValueError: the weight is not positive.
         """
-        self._state.inference_shares.set_weight(tenant, weight)
-        self._state.training_shares.set_weight(tenant, weight)
+        self._state.shares.set_weight(tenant, weight)
+
+    def set_max_concurrency(self, most: Mapping[str, int]) -> None:
+        """Let at most so many requests of a tenant run at a time; tenants not named have no such limit.
+
+        What runs already goes on.
+
+        Raises:
+            ValueError: a limit is below 1; nothing has changed.
+        """
+        for tenant, limit in most.items():
+            if limit < 1:
+                raise ValueError(f"max_concurrency of {tenant} is {limit}; it must be at least 1")
+        self._state.max_concurrency = dict(most)
 
     # ------------------------------------------------------------ finetuning
 
@@ -155,10 +193,13 @@ class Scheduler:
             raise RequestTooLarge(
                 f"pack {spec.pack_id} has {spec.num_tokens} tokens; 1 to {self.limits.max_pack_tokens} fit"
             )
-        tenants = {job.tenant for job in self._state.training.jobs.values()}
+        job = self._state.training.jobs.get(spec.job_id)
+        tenant = None if job is None else job.tenant
         self._state.training.add_pack(spec, now)
-        if spec.tenant not in tenants:
-            self._state.training_shares.activate(spec.tenant)
+        if tenant != spec.tenant:
+            self._state.join(spec.tenant)
+            if tenant is not None:
+                self._state.leave(tenant)
 
     def step_ready(self, job_id: str, now: float) -> None:
         """All packs of the job's current step have been added: its optimizer step follows their backward.
@@ -175,6 +216,8 @@ class Scheduler:
         if removed is None:
             return False
         job, holders = removed
+        if job.tenant is not None:
+            self._state.leave(job.tenant)
         for pack in holders:
             self._state.blocks.free(pack.block_ids, pack.last_planned)
             pack.block_ids = ()
@@ -184,6 +227,18 @@ class Scheduler:
         return True
 
     # ------------------------------------------------------------ adapters
+
+    def pin_adapter(self, digest: str) -> None:
+        """Bring an adapter near and keep it on the device, inside the share that pins may hold.
+
+        Raises:
+            ValueError: it is an adapter in training.
+        """
+        self._state.residency.pin(digest)
+
+    def unpin_adapter(self, digest: str) -> None:
+        """Let a pinned adapter leave like any other. Unknown ones are ignored."""
+        self._state.residency.unpin(digest)
 
     def adapter_fetched(self, digest: str, num_elements: int) -> str | None:
         """The adapter's bytes are in host memory: `num_elements` elements. Ignored if no fetch is awaited.
@@ -211,8 +266,8 @@ class Scheduler:
     # ------------------------------------------------------------ iterations
 
     def plan(self, now: float) -> StepPlan:
-        """Decide the next iteration. A plan that `is_empty` may still have adapter actions; it needs no
-        commit.
+        """Decide the next iteration. A plan that `is_empty` may still have adapter actions and expired
+        requests; it needs no commit.
 
         Raises:
             RuntimeError: `max_inflight` plans are uncommitted.
@@ -224,19 +279,32 @@ class Scheduler:
         state = self._state
         self._iteration += 1
         state.advance(self._committed_before(self._iteration))
-        state.inference_shares.advance(state.waiting.tenants)
-        state.training_shares.advance(job.tenant for job in state.training.jobs.values() if job.tenant)
-        draft = PlanDraft(self._iteration, now, self.limits, self.cost)
-
+        state.shares.advance(state.active)
+        expired = self._expire(now)
         bring_adapters_nearer(state, now)
-        budget_s = self._policy.fill(state, draft, self.budget)
+        is_flex = state.num_default == 0 < len(state.sequences)
+        sizes = state.residency.places.slot_elements
+        draft = PlanDraft(self._iteration, now, self.limits, self.cost, sizes, is_flex=is_flex)
+        budget_s = self._policy.fill(state, draft, self._budget_of(is_flex=is_flex))
 
-        made = self._finish(draft, budget_s)
+        made = self._finish(draft, budget_s, expired)
         if not made.plan.is_empty:
             self._in_flight.append(made)
+            self._charge(made.charges, 1.0)
         return made.plan
 
-    def _finish(self, draft: PlanDraft, budget_s: float) -> InFlight:
+    def _budget_of(self, *, is_flex: bool) -> BudgetController:
+        """The controller of a class of requests."""
+        return self.flex_budget if is_flex else self.budget
+
+    def _expire(self, now: float) -> tuple[str, ...]:
+        """Forget the requests whose deadline has come."""
+        expired = self._state.deadlines.take_expired(now)
+        for sequence in expired:
+            self._state.retire(sequence)
+        return tuple(sequence.spec.sequence_id for sequence in expired)
+
+    def _finish(self, draft: PlanDraft, budget_s: float, expired: tuple[str, ...]) -> InFlight:
         """Freeze the draft. Preemptions and drops are reported with the next plan that runs, each once."""
         self.num_preemptions += len(draft.preempted)
         self.num_packs_dropped += len(draft.dropped)
@@ -249,9 +317,10 @@ class Scheduler:
             MemoryPlan() if draft.is_empty else told,
             adapter_fetches=actions.fetches,
             adapter_loads=actions.loads,
+            adapter_moves=actions.moves,
             adapter_evictions=actions.evictions,
         )
-        return draft.finish(memory, budget_s)
+        return draft.finish(memory, budget_s, expired)
 
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Outcome]:
         """Take in the result of the oldest plan in flight (an empty plan is none) and say what it completed.
@@ -259,7 +328,6 @@ class Scheduler:
         Raises:
             ValueError: it is not the oldest plan in flight, or a token is missing; nothing has changed.
         """
-        del now  # part of the interface: every event carries its time
         if plan.is_empty:
             return []
         if not self._in_flight or self._in_flight[0].plan.iteration != plan.iteration:
@@ -268,20 +336,49 @@ class Scheduler:
         made = self._in_flight.popleft()
         self._state.advance(self._committed_before(self._iteration + 1))
         self.cost.observe(made.features, result.elapsed_s)
-        self.budget.observe(result.elapsed_s, made.num_decodes, has_training=made.has_training)
-        outcomes: list[Outcome] = [*self._commit_tokens(made, result), *self._commit_training(made)]
+        self._budget_of(is_flex=made.is_flex).observe(
+            result.elapsed_s,
+            made.num_decodes,
+            has_prefill=made.has_prefill,
+            has_training=made.has_training,
+        )
+        self._correct_charges(made, result.elapsed_s)
+        self._state.meter_tokens(made.sampled, now)
+        for sequence, num_tokens in made.written:
+            if sequence.status is SequenceStatus.RUNNING:
+                self._state.written(sequence, num_tokens)
+        outcomes: list[Outcome] = [*self._commit_tokens(made, result, now), *self._commit_training(made)]
         return outcomes
 
-    def _commit_tokens(self, made: InFlight, result: StepResult) -> list[SequenceToken]:
+    def _correct_charges(self, made: InFlight, elapsed_s: float) -> None:
+        """Tenants were charged for the predicted time; from now on, for the time that it took."""
+        if made.plan.predicted_s <= 0.0 or elapsed_s <= 0.0:
+            return
+        self._charge(made.charges, elapsed_s / made.plan.predicted_s - 1.0)
+
+    def _charge(self, charges: Mapping[str, float], factor: float) -> None:
+        for tenant, charge_s in charges.items():
+            self._state.shares.charge(tenant, charge_s * factor)
+            self.service_s[tenant] += charge_s * factor
+
+    def _commit_tokens(self, made: InFlight, result: StepResult, now: float) -> list[SequenceToken]:
         tokens = []
         for sequence in made.sampled:
             if sequence.is_finished:
                 continue
             token_id = result.sampled[sequence.spec.sequence_id]
             sequence.num_generated += 1
+            if sequence.num_generated == 1:
+                budget = self._budget_of(is_flex=sequence.is_flex)
+                budget.observe_first_token(now - sequence.arrived_s)
+            if sequence.chain is not None:
+                sequence.chain.append(token_id)
             reason = sequence.finish_reason(token_id)
-            tokens.append(SequenceToken(sequence.spec.sequence_id, token_id, reason))
+            tokens.append(
+                SequenceToken(sequence.spec.sequence_id, token_id, reason, sequence.num_cached_tokens)
+            )
             if reason is not None:
+                self._state.meter.finish(sequence.spec.tenant, sequence.num_generated)
                 self._state.retire(sequence)
         return tokens
 
@@ -315,6 +412,13 @@ class Scheduler:
         """Requests not admitted (yet, or again)."""
         return len(self._state.waiting)
 
+    def queues(self, now: float, max_tenants: int = 64) -> dict[str, TenantQueue]:
+        """The longest queues of waiting requests by tenant, and when they should have drained.
+
+        May be called from another thread than the loop's.
+        """
+        return self._state.queues(now, max_tenants)
+
     @property
     def num_packs(self) -> int:
         """Packs whose backward is not committed."""
@@ -336,6 +440,16 @@ class Scheduler:
         return self._state.blocks.num_held
 
     @property
+    def num_prefix_queries(self) -> int:
+        """Tokens of admitted requests that were looked for in the prefix cache."""
+        return self._state.num_prefix_queries
+
+    @property
+    def num_prefix_hits(self) -> int:
+        """Tokens of admitted requests that were found in the prefix cache."""
+        return self._state.num_prefix_hits
+
+    @property
     def budget_s(self) -> float:
         """The budget of an iteration with decodes, now."""
         return self.budget.decode_budget_s
@@ -348,7 +462,12 @@ class Scheduler:
     @property
     def num_adapters_on_device(self) -> int:
         """Adapters that are on the device or being copied there."""
-        return self._state.residency.num_resident
+        return self._state.residency.places.num_taken
+
+    @property
+    def num_adapters_pinned(self) -> int:
+        """Pinned adapters that are on the device or being copied there."""
+        return sum(entry.slot is not None for entry in list(self._state.residency.pinned.values()))
 
     @property
     def arena_usage(self) -> float:
@@ -359,12 +478,22 @@ class Scheduler:
     @property
     def max_adapter_elements(self) -> int:
         """The largest adapter that requests may name."""
-        return self._state.residency.max_inference_elements
+        return self._state.residency.regions.max_request_elements
+
+    @property
+    def max_pinned_elements(self) -> int:
+        """Elements that pinned adapters may hold together."""
+        return self._state.residency.regions.pinned_elements
+
+    @property
+    def max_pinned_adapters(self) -> int:
+        """Adapters that may be pinned at a time."""
+        return self._state.residency.regions.max_pinned_slots
 
     @property
     def max_training_adapter_elements(self) -> int:
         """The largest adapter that jobs may train."""
-        return self._state.residency.training_elements
+        return self._state.residency.regions.training_elements
 
     def adapter_slot(self, key: str) -> int | None:
         """The slot of an adapter that is on the device, else None."""

@@ -61,7 +61,6 @@ class Pack:
     status: PackStatus = PackStatus.QUEUED
     next_window: int = 0
     has_loss: bool = False
-    is_charged: bool = False
     is_protected: bool = False
     last_planned: int = 0
     block_ids: tuple[int, ...] = ()

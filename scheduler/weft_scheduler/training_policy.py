@@ -1,11 +1,12 @@
 """Finetuning: which packs get blocks, and how many windows, slices and optimizer steps a plan takes.
 
 Optimizer steps go first (their jobs stand still), then forward windows (they make waves wide), then the
-slices of the wave. Tenants share by start-time fair queueing when packs are admitted.
+slices of the wave. Tenants take turns by their shares when packs are admitted.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from math import inf
 
@@ -27,6 +28,22 @@ def is_runnable(state: SchedulerState) -> bool:
     return bool(state.training.alive) or any(True for _ in _due_jobs(state))
 
 
+def runnable_tenants(state: SchedulerState, iteration: int) -> set[str]:
+    """Tenants whose finetuning could run in this iteration, but for blocks that requests hold.
+
+    A job whose optimizer step is under way or has just been counts: its next packs are about to come.
+    """
+    tenants = {pack.spec.tenant for pack in state.training.alive}
+    for job in state.training.jobs.values():
+        if job.tenant is None or job.tenant in tenants:
+            continue
+        has_work = job.head() is not None or job.step_is_due or job.step_is_planned
+        is_between_steps = 0 < iteration - job.last_planned <= state.limits.max_inflight
+        if (has_work or is_between_steps) and state.residency.slot(job.adapter) is not None:
+            tenants.add(job.tenant)
+    return tenants
+
+
 def num_kept_blocks(state: SchedulerState, now_s: float) -> int:
     """Blocks that new requests must leave to the next pack, because it has waited too long for them."""
     pack = _next_pack(state)
@@ -34,7 +51,7 @@ def num_kept_blocks(state: SchedulerState, now_s: float) -> int:
         return 0
     if state.training.alive_tokens + pack.spec.num_tokens > state.limits.max_train_tokens:
         return 0
-    return state.limits.num_blocks_for(pack.spec.num_tokens) + state.limits.inference_reserve_blocks
+    return state.limits.num_blocks_for(pack.spec.num_tokens)
 
 
 def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, is_due: bool) -> None:
@@ -93,16 +110,23 @@ def _due_jobs(state: SchedulerState) -> Iterator[Job]:
 
 
 def _next_pack(state: SchedulerState) -> Pack | None:
-    """The queued pack of the least served tenant whose adapter is on the device."""
+    """The queued pack of the least served tenant whose adapter is on the device.
+
+    What its packs have before them counts as served.
+    """
+    admitted_s: defaultdict[str, float] = defaultdict(float)
+    for pack in state.training.alive:
+        admitted_s[pack.spec.tenant] += state.remaining_price_s(pack)
     best: tuple[float, float] | None = None
     chosen = None
     for job in state.training.jobs.values():
-        pack = job.head()
-        if pack is None or state.residency.slot(job.adapter) is None:
+        head = job.head()
+        if head is None or state.residency.slot(job.adapter) is None:
             continue
-        rank = (state.training_shares.tag(pack.spec.tenant), pack.waiting_since_s)
+        tenant = head.spec.tenant
+        rank = (state.shares.tag_after(tenant, admitted_s[tenant]), head.waiting_since_s)
         if best is None or rank < best:
-            best, chosen = rank, pack
+            best, chosen = rank, head
     return chosen
 
 
@@ -114,7 +138,9 @@ def _admit_packs(state: SchedulerState, draft: PlanDraft) -> None:
             return
         if state.training.alive_tokens + pack.spec.num_tokens > limits.max_train_tokens:
             return
-        needed = limits.num_blocks_for(pack.spec.num_tokens) + limits.inference_reserve_blocks
+        needed = limits.num_blocks_for(pack.spec.num_tokens)
+        if not is_aged:
+            needed += limits.inference_reserve_blocks
         if state.blocks.num_free < needed:
             return
         state.admit_pack(pack)

@@ -7,9 +7,11 @@ Everything else is imported when a command needs it, so that `weft --help` stays
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from weft_server import __version__
 from weft_server.config import CONFIG_ENV, OPTIONS, Option, load_settings
@@ -28,7 +30,9 @@ _PRECEDENCE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. Usage errors raise SystemExit(2), as argparse does."""
-    arguments = build_parser().parse_args(argv)
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        _refuse(arguments.parser, unknown)
     try:
         code: int = arguments.run(arguments)
     except ConfigError as error:
@@ -40,6 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return code
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """End with the command's usage, what it does not know, and the options that are meant or allowed."""
+    flag = next((argument.partition("=")[0] for argument in unknown if argument.startswith("-")), None)
+    if flag is None:
+        parser.error(f"unexpected argument '{unknown[0]}'")
+    options = [name for name in parser._option_string_actions if name.startswith("--")]
+    close = difflib.get_close_matches(flag, options, n=1, cutoff=0.75)
+    hint = f"Did you mean {close[0]}?" if close else f"Allowed: {', '.join(options)}."
+    parser.error(f"unknown option '{flag}'. {hint}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="Hugging Face directory, hub id, or demo (the bundled model)",
     )
     _add_options(serve)
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=_serve, parser=serve)
 
     demo = commands.add_parser(
         "demo",
@@ -75,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--exit", action="store_true", dest="exit_when_done", help="end when the demo is over")
     _add_options(demo)
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, parser=demo)
 
     keys = commands.add_parser("keys", help="manage API keys", allow_abbrev=False)
     new = keys.add_subparsers(title="commands", metavar="COMMAND", required=True).add_parser(
@@ -88,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--tenant", default="my-tenant", metavar="NAME", help="name in the lines (default: %(default)s)"
     )
     new.add_argument("--admin", action="store_true", help="give the tenant admin rights (/metrics)")
-    new.set_defaults(run=_new_key)
+    new.set_defaults(run=_new_key, parser=new)
 
     simulate = commands.add_parser(
         "simulate",
@@ -98,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_simulate_arguments(simulate)
-    simulate.set_defaults(run=_simulate)
+    simulate.set_defaults(run=_simulate, parser=simulate)
     return parser
 
 

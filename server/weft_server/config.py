@@ -45,11 +45,16 @@ class Settings:
     max_num_seqs: int | None
     max_batch_tokens: int | None
     kv_cache_tokens: int | None
+    no_prefix_cache: bool
     adapter_arena_mb: int | None
     gpu_memory_utilization: float
+    max_queued_requests: int
+    max_queued_requests_total: int | None
     tpot_slo_ms: float | None
     ttft_slo_ms: float | None
     slo_percentile: float
+    flex_tpot_slo_ms: float | None
+    flex_ttft_slo_ms: float | None
     served_model_name: str | None
     chat_template: Path | None
     generation_config: Path | None
@@ -58,6 +63,11 @@ class Settings:
     adapter_root: Path | None
     max_upload_mb: int
     log_level: str
+
+    @property
+    def upload_dir(self) -> Path:
+        """Where uploads lie while they arrive: on the blobs' disk, so that there is one limit."""
+        return self.data_dir / "uploads"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +139,7 @@ def _choice(*choices: str) -> Callable[[object], str]:
     return read
 
 
-def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[object], int]:
+def _integer(minimum: int, maximum: int) -> Callable[[object], int]:
     def read(value: object) -> int:
         if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,18}", value.strip()):
             value = int(value)
@@ -162,8 +172,16 @@ def _matching(pattern: str) -> Callable[[object], str]:
     return read
 
 
-_POSITIVE = "a whole number from 1"
+_MAX_INT = 2**31 - 1
+_MAX_SEQS = 65_536
+_MAX_BATCH_TOKENS = 1 << 22
 _SIZED = "default: sized from free memory and device"
+
+
+def _size(name: str, maximum: int, meaning: str) -> Option:
+    """A size that is chosen where it is not given; what this machine can hold is checked when it is known."""
+    return Option(name, None, _integer(1, maximum), f"1 to {maximum}", meaning)
+
 
 OPTIONS: tuple[Option, ...] = (
     Option("model", None, _text, "a directory, a hub id, or demo", "Hugging Face directory, hub id, or demo"),
@@ -208,17 +226,39 @@ OPTIONS: tuple[Option, ...] = (
         "CPU: do not expand quantized weights",
         is_switch=True,
     ),
-    Option("max_model_len", None, _integer(1), _POSITIVE, f"context in tokens; {_SIZED}"),
-    Option("max_num_seqs", None, _integer(1), _POSITIVE, f"sequences in flight; {_SIZED}"),
-    Option("max_batch_tokens", None, _integer(1), _POSITIVE, f"tokens of one iteration; {_SIZED}"),
-    Option("kv_cache_tokens", None, _integer(1), _POSITIVE, f"KV cache in tokens; {_SIZED}"),
-    Option("adapter_arena_mb", None, _integer(1), _POSITIVE, f"MiB for resident adapters; {_SIZED}"),
+    _size("max_model_len", _MAX_INT, f"context in tokens; {_SIZED}"),
+    _size("max_num_seqs", _MAX_SEQS, f"sequences in flight; {_SIZED}"),
+    _size("max_batch_tokens", _MAX_BATCH_TOKENS, f"tokens of one iteration; {_SIZED}"),
+    _size("kv_cache_tokens", _MAX_INT, f"KV cache in tokens; {_SIZED}"),
+    Option(
+        "no_prefix_cache",
+        False,
+        _switch,
+        "true or false",
+        "compute every prompt whole, even where its beginning is cached",
+        is_switch=True,
+    ),
+    _size("adapter_arena_mb", _MAX_INT, f"MiB for resident adapters; {_SIZED}"),
     Option(
         "gpu_memory_utilization",
         0.90,
         _number(0.0, 1.0),
         "a number above 0, at most 1",
         "share of the GPU's memory to use",
+    ),
+    Option(
+        "max_queued_requests",
+        1024,
+        _integer(1, 1_000_000),
+        "1 to 1000000",
+        "choices of a tenant that may wait for their first token; more are refused with 429",
+    ),
+    Option(
+        "max_queued_requests_total",
+        None,
+        _integer(1, 1_000_000),
+        "1 to 1000000",
+        "the same for all tenants together; default: 8 times the limit of a tenant",
     ),
     Option(
         "tpot_slo_ms",
@@ -234,7 +274,21 @@ OPTIONS: tuple[Option, ...] = (
         "a number above 0",
         "time to first token that finetuning yields to; default: GPU 2000, CPU 5000",
     ),
-    Option("slo_percentile", 95.0, _number(0.0, 100.0), "above 0, at most 100", "percentile of both targets"),
+    Option("slo_percentile", 95.0, _number(0.0, 100.0), "above 0, at most 100", "percentile of all targets"),
+    Option(
+        "flex_tpot_slo_ms",
+        None,
+        _number(0.0),
+        "a number above 0",
+        "time per output token while all requests are of the flex tier; default: 4x that of the default tier",
+    ),
+    Option(
+        "flex_ttft_slo_ms",
+        None,
+        _number(0.0),
+        "a number above 0",
+        "time to first token while all requests are of the flex tier; default: 4x that of the default tier",
+    ),
     Option(
         "served_model_name",
         None,

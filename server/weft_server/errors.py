@@ -11,6 +11,7 @@
     ├── Unprocessable 422         one of Weft's own objects does not validate
     ├── Overloaded 429            a queue or rate limit
     ├── Internal 500              our fault; carries no details of other tenants
+    │   └── EngineCrashed             this request kills engines; trying again would kill another
     ├── Unavailable 503           engine or store away; try again
     ├── DeadlineExceeded 504      the request's own deadline passed
     └── ConfigError               start-up only: exit code 2
@@ -117,6 +118,12 @@ class Internal(WeftError):
     """500: Weft's own fault."""
 
     default_code = "internal_error"
+
+
+class EngineCrashed(Internal):
+    """500: the request was found to kill the engine, so it must not be sent again."""
+
+    default_code = "engine_crashed"
 
 
 class Unavailable(WeftError):

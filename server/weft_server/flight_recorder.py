@@ -37,7 +37,7 @@ class FlightRecorder:
 
 
 def read_flight_record(path: Path) -> set[str]:
-    """Ids of the last plan that a dead engine had begun; empty if there was none."""
+    """Ids of the plans that a dead engine had begun and not finished; empty if there were none."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

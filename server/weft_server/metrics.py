@@ -9,15 +9,15 @@ Labels stay bounded: `model_name` is the base, `tenant` one of the configured te
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 if TYPE_CHECKING:
-    from weft_server.protocol import Heartbeat
+    from weft_server.protocol import Heartbeat, TenantQueue
 
 METRICS_CONTENT_TYPE: str = CONTENT_TYPE_LATEST
 
@@ -46,7 +46,15 @@ _ENGINE_HELP = {
     "num_preemptions": "Sequences preempted by recomputation.",
     "finetune_steps": "Optimizer steps finished.",
     "adapter_loads": "Adapters copied to the device arena.",
+    "adapter_load_seconds": "Seconds that those copies took.",
     "adapter_evictions": "Adapters evicted from the device arena.",
+    "adapter_moves": "Adapters moved inside the arena, to make holes larger.",
+    "adapter_requests_on_device": "Requests that found their adapter on the device.",
+    "adapter_requests_on_host": "Requests that found their adapter in host memory.",
+    "adapter_requests_absent": "Requests whose adapter had to be fetched from the store.",
+    "num_adapters_pinned": "Pinned adapters on the device.",
+    "prefix_cache_queries": "Tokens looked for in the prefix cache.",
+    "prefix_cache_hits": "Tokens found in the prefix cache.",
 }
 
 
@@ -83,19 +91,43 @@ class Metrics:
             _RATIO_BUCKETS,
         )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.", "tenant")
+        self._prompt_tokens_cached = self._counter(
+            "prompt_tokens_cached", "Prompt tokens that were in the prefix cache.", "tenant"
+        )
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.", "tenant")
         self._success = self._counter("request_success", "Finished choices.", "tenant", "finished_reason")
         self._failure = self._counter("request_failure", "Choices that failed.", "tenant", "code")
+        self._queue_length = Gauge(
+            "weft_queue_length",
+            "Choices that wait for their first token.",
+            ["model_name", "tenant"],
+            registry=self._registry,
+        )
+        self._shed = self._counter(
+            "requests_shed", "Choices refused because a queue was full.", "tenant", "reason"
+        )
         self._http = self._counter("http_responses", "HTTP responses by status.", "status")
         self._jobs = self._counter("finetune_jobs", "Finetune jobs by final status.", "tenant", "status")
         self._publishes = self._counter(
             "adapter_publishes", "Adapter versions published.", "tenant", "source"
         )
 
+    def queue_changed(self, tenant: str, num_choices: int) -> None:
+        """So many choices of a tenant wait for their first token now."""
+        self._queue_length.labels(self._model_name, tenant).set(num_choices)
+
+    def requests_shed(self, tenant: str, reason: str, num_choices: int) -> None:
+        """Count choices refused because a queue was full; `reason` is tenant_queue or server_queue."""
+        self._shed.labels(self._model_name, tenant, reason).inc(num_choices)
+
     def prompt_accepted(self, tenant: str, num_tokens: int) -> None:
         """Count one prompt that was sent to the engine."""
         self._prompt_tokens.labels(self._model_name, tenant).inc(num_tokens)
         self._prompt_size.observe(num_tokens)
+
+    def prompt_cached(self, tenant: str, num_tokens: int) -> None:
+        """Count the tokens of a request's prompts that were in the prefix cache."""
+        self._prompt_tokens_cached.labels(self._model_name, tenant).inc(num_tokens)
 
     def first_token(self, seconds: float) -> None:
         """Observe a choice's time to first token."""
@@ -179,6 +211,7 @@ class _EngineCollector:
         self._hidden_names = hidden_names
         self._lock = threading.Lock()
         self._gauges: dict[str, float] = {}
+        self._queues: dict[str, TenantQueue] = {}
         self._counters: dict[str, float] = {}
         self._past: dict[str, float] = {}
         self._num_starts = 0
@@ -186,6 +219,7 @@ class _EngineCollector:
     def update(self, heartbeat: Heartbeat) -> None:
         with self._lock:
             self._gauges = {**heartbeat.gauges, "iteration": float(heartbeat.iteration)}
+            self._queues = dict(heartbeat.queues)
             self._counters = dict(heartbeat.counters)
 
     def started(self) -> None:
@@ -198,6 +232,7 @@ class _EngineCollector:
     def lost(self) -> None:
         with self._lock:
             self._gauges = {}
+            self._queues = {}
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -209,6 +244,7 @@ class _EngineCollector:
             for name, value in self._counters.items():
                 counters[name] = counters.get(name, 0.0) + value
             num_starts = self._num_starts
+            queues = dict(self._queues)
         for name in self._hidden_names:
             gauges.pop(name, None)
             counters.pop(name, None)
@@ -218,6 +254,11 @@ class _EngineCollector:
             )
             gauge.add_metric([self._model_name], value)
             yield gauge
+        yield self._of_tenants(
+            "queue_drain_seconds",
+            "Predicted time until a tenant's waiting choices have been admitted.",
+            {tenant: queue.drain_s for tenant, queue in queues.items()},
+        )
         counters["engine_starts"] = float(num_starts)
         for name, value in sorted(counters.items()):
             counter = CounterMetricFamily(
@@ -225,6 +266,12 @@ class _EngineCollector:
             )
             counter.add_metric([self._model_name], value)
             yield counter
+
+    def _of_tenants(self, name: str, text: str, values: Mapping[str, float]) -> Metric:
+        gauge = GaugeMetricFamily(f"weft_{name}", text, labels=["model_name", "tenant"])
+        for tenant, value in sorted(values.items()):
+            gauge.add_metric([self._model_name, tenant], value)
+        return gauge
 
 
 def _one_two_five(maximum: int) -> Iterator[float]:

@@ -1,9 +1,8 @@
 """The typed messages between the API process and the engine process.
 
-Standard-library dataclasses alone, so that both sides import it without msgspec, sockets or torch; the
-transport (`service/engine_client.py`, `engine/process.py`) encodes them as tagged MessagePack and stamps each
-with the engine's epoch. The engine knows tokens, adapters and jobs by id; names, text and HTTP stay in the
-API process.
+Standard-library dataclasses alone, so that both sides import it without msgspec, sockets or torch;
+`transport.py` encodes them as tagged MessagePack and stamps each with the engine's epoch. The engine knows
+tokens, adapters and jobs by id; names, text and HTTP stay in the API process.
 
 Everything durable is referred to by blob id: whoever writes a blob has made it durable before its id is sent.
 """
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+Tier: TypeAlias = Literal["default", "flex"]
 LrScheduler: TypeAlias = Literal["linear", "cosine", "constant"]
 
 # ---------------------------------------------------------------- values
@@ -104,7 +104,11 @@ class JobSpec:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Generate one choice. `generated` are tokens already sent to the client (after an engine restart)."""
+    """Generate one choice. `generated` are tokens already sent to the client (after an engine restart).
+
+    `remaining_s` counts from when the message is sent (the processes' clocks differ): what is unfinished
+    then is dropped, with `RequestFailed` 504. Lower `priority` goes first within the tenant and tier.
+    """
 
     request_id: str
     tenant: str
@@ -113,6 +117,9 @@ class Generate:
     choice_idx: int = 0
     adapter: AdapterRef | None = None
     generated: list[int] = field(default_factory=list)
+    tier: Tier = "default"
+    priority: int = 0
+    remaining_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +172,20 @@ class SetTenantWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class SetTenantConcurrency:
+    """How many choices of a tenant may run at a time; tenants not named have no such limit."""
+
+    max_concurrency: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SetPinnedAdapters:
+    """Keep exactly these adapters on the device, the first of them first, as far as pins have room there."""
+
+    adapters: list[AdapterRef]
+
+
+@dataclass(frozen=True, slots=True)
 class Shutdown:
     """Checkpoint running jobs, then exit."""
 
@@ -174,7 +195,10 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class EngineReady:
-    """Sent once, when the base is loaded and calibrated. Sizes are tokens unless named otherwise."""
+    """Sent once, when the base is loaded and calibrated. Sizes are tokens unless named otherwise.
+
+    Pinned adapters may take `pinned_arena_bytes` of the adapter arena, and be `max_pinned_adapters`.
+    """
 
     max_model_len: int
     vocab_size: int
@@ -188,6 +212,8 @@ class EngineReady:
     base_fingerprint: str
     tpot_slo_ms: float
     ttft_slo_ms: float
+    pinned_arena_bytes: int = 0
+    max_pinned_adapters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +229,8 @@ class ChoiceDelta:
     """New tokens of one choice. `finish_reason` set means that this was the last delta.
 
     `stop` means that the last token of `token_ids` is one of the request's stop ids (it is included).
-    `prompt_logprobs` comes once, in the first delta: one entry per prompt token, the first None.
+    `prompt_logprobs` comes once, in the first delta: one entry per prompt token, the first None. So does
+    `num_cached_tokens`: how many of the prompt's tokens were in the prefix cache.
     """
 
     request_id: str
@@ -211,6 +238,7 @@ class ChoiceDelta:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,21 +341,41 @@ class JobStopped:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantQueue:
+    """A tenant's choices that wait for admission, and the predicted seconds until all have been admitted."""
+
+    num_waiting: int
+    drain_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Sent at least once a second, also while a long iteration runs; the engine's gauges and counters.
+    """Sent at least once a second, also while a long iteration runs (but not while one hangs): the engine's
+    gauges and counters.
 
     `gauges` and `counters` are keyed by metric name without prefix (`num_requests_running`,
     `finetune_tokens`, …); counters are cumulative within the engine's epoch. `iterations` are (seconds,
-    predicted seconds) since the last one.
+    predicted seconds) since the last one. `queues` are the longest queues, by tenant, 64 at most.
     """
 
     iteration: int
     gauges: dict[str, float]
     counters: dict[str, float]
     iterations: list[tuple[float, float]] = field(default_factory=list)
+    queues: dict[str, TenantQueue] = field(default_factory=dict)
 
 
-ToEngine: TypeAlias = Generate | Abort | StartJob | CancelJob | CheckAdapter | SetTenantWeights | Shutdown
+ToEngine: TypeAlias = (
+    Generate
+    | Abort
+    | StartJob
+    | CancelJob
+    | CheckAdapter
+    | SetTenantWeights
+    | SetTenantConcurrency
+    | SetPinnedAdapters
+    | Shutdown
+)
 FromEngine: TypeAlias = (
     EngineReady
     | EngineFailed

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import signal
 import socket
 import sys
@@ -24,10 +25,13 @@ from weft_server.engine.config import EngineConfig
 from weft_server.errors import WeftError
 from weft_server.log import configure_logging
 from weft_server.metrics import Metrics
+from weft_server.model.config import ModelConfig
 from weft_server.model.hub import resolve_model
 from weft_server.protocol import EngineReady
 from weft_server.service.adapters import AdapterService
-from weft_server.service.engine_client import EngineClient, EngineLaunch
+from weft_server.service.admission import QueueLimits
+from weft_server.service.engine_client import EngineClient
+from weft_server.service.engine_process import EngineLaunch
 from weft_server.service.files import FileService
 from weft_server.service.generation import GenerationService
 from weft_server.service.jobs import JobService
@@ -105,7 +109,10 @@ async def running_server(settings: Settings) -> AsyncIterator[tuple[RunningServe
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(settings.host, settings.port))
         model_dir = DEMO_MODEL if settings.model == "demo" else resolve_model(settings.model)
+        ModelConfig.from_directory(model_dir)  # what is wrong with it is said before its tokenizer is
         stack.enter_context(DataDirLock(settings.data_dir))
+        # What a crash may have left; where the system has unnamed files, there is nothing.
+        shutil.rmtree(settings.upload_dir, ignore_errors=True)
         store = stack.enter_context(
             open_store(settings.store, settings.data_dir, redis_volatile=settings.redis_volatile)
         )
@@ -113,9 +120,22 @@ async def running_server(settings: Settings) -> AsyncIterator[tuple[RunningServe
         stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         with _exit_on_signals(stopped):
             async with _serving(services, engine, listener, stopped) as info:
+                warning = vocabulary_warning(services.tokenizer.vocab_size, info.vocab_size)
+                if warning is not None:
+                    log.warning("%s", warning)
                 host, port = listener.getsockname()[:2]
                 url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
                 yield RunningServer(url, services.models.base_name, info, services, engine), stopped
+
+
+def vocabulary_warning(num_tokenizer_ids: int, num_model_ids: int) -> str | None:
+    """What to say at start if the tokenizer may produce ids that the model has no embedding for."""
+    if num_tokenizer_ids <= num_model_ids:
+        return None
+    return (
+        f"the tokenizer knows {num_tokenizer_ids} tokens, the model {num_model_ids}: requests with one "
+        f"of the others are refused; resize the model's embeddings or remove the added tokens"
+    )
 
 
 def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, EngineClient]:
@@ -129,7 +149,13 @@ def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, 
         settings.generation_config or model_dir, required=settings.generation_config is not None
     )
     adapters = AdapterService(
-        store.records, store.blobs, engine, metrics, base_name=name, adapter_root=settings.adapter_root
+        store.records,
+        store.blobs,
+        engine,
+        metrics,
+        base_name=name,
+        adapter_root=settings.adapter_root,
+        pin_share=tenants.share,
     )
     jobs = JobService(
         store.records,
@@ -149,7 +175,15 @@ def _wire(settings: Settings, model_dir: Path, store: Store) -> tuple[Services, 
         tokenizer=tokenizer,
         tenants=tenants,
         models=models,
-        generation=GenerationService(engine, tokenizer, models, defaults, metrics),
+        generation=GenerationService(
+            engine,
+            tokenizer,
+            models,
+            defaults,
+            metrics,
+            limits=QueueLimits.of(settings.max_queued_requests, settings.max_queued_requests_total),
+            weights=lambda: tenants.weights,
+        ),
         files=FileService(store.records, store.blobs),
         jobs=jobs,
         adapters=adapters,
@@ -190,7 +224,11 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
             tpot_slo_ms=settings.tpot_slo_ms,
             ttft_slo_ms=settings.ttft_slo_ms,
             slo_percentile=settings.slo_percentile,
-            tenant_weights={tenant.name: tenant.weight for tenant in tenants.tenants},
+            flex_tpot_slo_ms=settings.flex_tpot_slo_ms,
+            flex_ttft_slo_ms=settings.flex_ttft_slo_ms,
+            prefix_cache=not settings.no_prefix_cache,
+            tenant_weights=tenants.weights,
+            tenant_max_concurrency=tenants.max_concurrency,
             log_level=settings.log_level,
         ).to_json()
 

@@ -61,14 +61,16 @@ def run_weft(*arguments: str, env: dict[str, str] | None = None) -> subprocess.C
 class Weft:
     """A running `weft serve`."""
 
-    def __init__(self, model: str | Path, data_dir: Path, *flags: str) -> None:
+    def __init__(
+        self, model: str | Path, data_dir: Path, *flags: str, env: dict[str, str] | None = None
+    ) -> None:
         data_dir.mkdir(parents=True, exist_ok=True)
         self.data_dir = data_dir
         self._log_path = data_dir / "log"
         with self._log_path.open("a") as log:
             self.process = subprocess.Popen(
                 [WEFT, "serve", str(model), "--port", "0", "--data-dir", str(data_dir), *flags],
-                env=clean_environment(),
+                env=clean_environment(env),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -180,9 +182,16 @@ class Weft:
             if sample.name == name and labels.items() <= sample.labels.items()
         )
 
-    def greedy(self, prompt: str, max_tokens: int, *, model: str | None = None) -> str:
+    def greedy(
+        self,
+        prompt: str,
+        max_tokens: int,
+        *,
+        model: str | None = None,
+        client: openai.OpenAI | None = None,
+    ) -> str:
         """The most likely continuation of exactly this many tokens."""
-        answer = self.client.completions.create(
+        answer = (client or self.client).completions.create(
             model=model or self.model,
             prompt=prompt,
             max_tokens=max_tokens,
@@ -191,13 +200,22 @@ class Weft:
         )
         return answer.choices[0].text
 
-    def stream(self, prompt: str, max_tokens: int, *, model: str | None = None) -> Any:
+    def stream(
+        self,
+        prompt: str,
+        max_tokens: int,
+        *,
+        model: str | None = None,
+        client: openai.OpenAI | None = None,
+        seed: int | None = None,
+    ) -> Any:
         """The same continuation as a stream."""
-        return self.client.completions.create(
+        return (client or self.client).completions.create(
             model=model or self.model,
             prompt=prompt,
             max_tokens=max_tokens,
             temperature=0,
+            seed=seed,
             stream=True,
             extra_body={"ignore_eos": True},
         )
@@ -209,14 +227,20 @@ class Weft:
         return files.create(file=("train.jsonl", text.encode()), purpose="fine-tune").id
 
     def finetune(
-        self, lines: Any, *, model: str | None = None, client: openai.OpenAI | None = None, **weft: Any
+        self,
+        lines: Any,
+        *,
+        model: str | None = None,
+        client: openai.OpenAI | None = None,
+        seed: int = 7,
+        **weft: Any,
     ) -> str:
         """Submit a job on these lines, one example a step; returns its id. `weft` are Weft's own options."""
         client = client or self.client
         job = client.fine_tuning.jobs.create(
             model=model or self.model,
             training_file=self.upload_jsonl(lines, client=client),
-            seed=7,
+            seed=seed,
             method={
                 "type": "supervised",
                 "supervised": {"hyperparameters": {"batch_size": 1, "n_epochs": weft.pop("num_epochs", 1)}},
@@ -348,8 +372,10 @@ def start_weft(tmp_path: Path) -> Iterator[Callable[..., Weft]]:
     """Start a server for one test; it may not be ready yet."""
     servers: list[Weft] = []
 
-    def start(model: str | Path, *flags: str, data_dir: Path | None = None) -> Weft:
-        servers.append(Weft(model, data_dir or tmp_path / f"data{len(servers)}", *flags))
+    def start(
+        model: str | Path, *flags: str, data_dir: Path | None = None, env: dict[str, str] | None = None
+    ) -> Weft:
+        servers.append(Weft(model, data_dir or tmp_path / f"data{len(servers)}", *flags, env=env))
         return servers[-1]
 
     yield start

@@ -15,7 +15,8 @@ METRICS = {
     "weft_e2e_request_latency_seconds_count", "weft_iteration_time_seconds_count", "weft_prompt_tokens_total",
     "weft_generation_tokens_total", "weft_request_success_total", "weft_finetune_steps_total",
     "weft_adapter_loads_total", "weft_num_preemptions_total", "weft_http_responses_total",
-    "weft_engine_starts_total",
+    "weft_engine_starts_total", "weft_prefix_cache_queries_total", "weft_prefix_cache_hits_total",
+    "weft_prompt_tokens_cached_total",
 }  # fmt: skip
 
 
@@ -40,6 +41,15 @@ def test_a_completion_has_openais_shape(contract_server: Any) -> None:
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.completion_tokens == 5
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 5
+
+
+def test_a_prompt_sent_again_is_found_in_the_cache(contract_server: Any) -> None:
+    request = {"model": contract_server.model, "prompt": list(range(100, 150)), "max_tokens": 2}
+    create = contract_server.client.completions.create
+    first, second = create(**request, temperature=0), create(**request, temperature=0)
+    assert first.usage.prompt_tokens_details.cached_tokens == 0
+    assert second.usage.prompt_tokens_details.cached_tokens == 48
+    assert second.choices[0].text == first.choices[0].text
 
 
 def test_a_chat_answers_and_streams_the_same_text(contract_server: Any) -> None:

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from weft_server.service.tenants import key_digest
+
 PROMPT = "Once upon a time"
 OTHER = "The dog"
 STORIES = [{"text": f"The {animal} saw a big red ball in the park."} for animal in ("dog", "cat", "bird")]
+POISON = 666
+POISONED_ENGINE = f"""
+import os, signal, sys
+
+if "weft_server.engine" in sys.orig_argv:
+    from weft_server.engine.runner import Runner
+
+    submit = Runner.submit
+
+    def submit_unless_poisonous(self, plan, jobs):
+        for segment in plan.forward:
+            sequence = self.sequence(segment.sequence_id)
+            if sequence is not None and sequence.params.seed == {POISON} and len(sequence.output) >= 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            job = jobs.get(segment.sequence_id.split("/")[0])
+            if job is not None and job.spec.seed == {POISON} and job.num_steps_done >= 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return submit(self, plan, jobs)
+
+    Runner.submit = submit_unless_poisonous
+"""
+
+
+@pytest.fixture
+def poisonable(tmp_path: Path) -> dict[str, str]:
+    """An environment in which engines die of a request's 21st token, or of a job's sixth step, if its seed is
+    POISON."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(POISONED_ENGINE)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+
+
+def numbers_in_fatal_plans(server: Any) -> list[int]:
+    """How many requests and jobs were in the plan of each death."""
+    return [int(number) for number in re.findall(r"engine \d+ died .* in its plan: (\d+)", server.log)]
 
 
 @pytest.fixture(scope="module")
@@ -77,35 +119,45 @@ def test_what_arrives_while_the_engine_is_away_waits_or_is_told_to_come_back(
     assert server.upload_adapter("poet", helpers.lora_files(plain_model)).json()["versions"]
 
 
-def test_poison_fails_alone_at_its_second_death(plain_server: Any) -> None:
-    server = plain_server
-    expected = server.greedy(OTHER, 400)
-    poison = server.stream(PROMPT, 480)
-    request_id = next(poison).id
-    server.kill_engine_while_it_plans(request_id)
-    server.wait_serving()
-    bystander = server.stream(OTHER, 400)
+def test_a_poisonous_request_fails_alone_though_others_were_in_its_iteration_both_times(
+    start_weft: Callable[..., Any], plain_model: Any, helpers: Any, poisonable: dict[str, str], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(
+        "".join(f'[[tenants]]\nname = "{name}"\nkeys = ["{key_digest(name)}"]\n' for name in ("ann", "bob"))
+    )
+    server = start_weft(plain_model, *helpers.plain, "--api-keys", str(keys), env=poisonable).wait_ready()
+    ann, bob = server.openai_client("ann"), server.openai_client("bob")
+    expected = server.greedy(OTHER, 480, client=bob)
+    job_id = server.finetune(STORIES, client=bob, num_epochs=60, checkpoint_every=5)
+    bystander = server.stream(OTHER, 480, client=bob)
     chunk = next(bystander)
-    server.kill_engine_while_it_plans(request_id, chunk.id)
+    poison = server.stream(PROMPT, 480, client=ann, seed=POISON)
     with pytest.raises(openai.APIError) as caught:
         rest(poison)
     assert caught.value.code == "engine_crashed"
     assert chunk.choices[0].text + rest(bystander) == expected
-    server.wait_serving()
+    job = server.finished_job(job_id, client=bob)
+    assert job.status == "succeeded", job.error
+    first, second = numbers_in_fatal_plans(server)
+    assert first == 3
+    assert second >= 2, "the bystander was cleared, and beside the poison again"
 
 
 @pytest.mark.slow
-def test_a_job_that_kills_the_engine_twice_fails_alone(
-    start_weft: Callable[..., Any], plain_model: Any, helpers: Any
+def test_a_poisonous_job_fails_alone_though_others_were_in_its_iteration_both_times(
+    start_weft: Callable[..., Any], plain_model: Any, helpers: Any, poisonable: dict[str, str]
 ) -> None:
-    server = start_weft(plain_model, *helpers.plain).wait_ready()
-    job_id = server.finetune(STORIES, num_epochs=1000, checkpoint_every=5)
-    for _ in range(2):
-        server.kill_engine_while_it_plans(job_id)
-        server.wait_serving()
-    job = server.finished_job(job_id)
+    server = start_weft(plain_model, *helpers.plain, env=poisonable).wait_ready()
+    expected = server.greedy(OTHER, 480)
+    bystander_job = server.finetune(STORIES, num_epochs=200, checkpoint_every=1)
+    server.wait_for_event(bystander_job, "Checkpoint saved")
+    poison = server.finetune(STORIES, num_epochs=100, checkpoint_every=1, seed=POISON)
+    assert server.greedy(OTHER, 480) == expected
+    job = server.finished_job(poison)
     assert (job.status, job.error.code) == ("failed", "engine_crashed")
-    assert server.finished_job(server.finetune(STORIES)).status == "succeeded"
+    assert server.finished_job(bystander_job).status == "succeeded"
+    assert len(numbers_in_fatal_plans(server)) == 2
 
 
 @pytest.mark.slow

@@ -44,8 +44,12 @@ def test_nothing_acknowledged_is_lost_when_servers_end(
     server.process.kill()
     helpers.wait_until(lambda: gone(engine), "the engine to end by itself", timeout_s=10)
     server.process.wait()
+    left_behind = data_dir / "uploads" / "left"
+    left_behind.parent.mkdir(exist_ok=True)
+    left_behind.write_bytes(b"half an upload")
 
     server = start().wait_ready()
+    assert not left_behind.exists()
     assert server.greedy(PROMPT, 40, model="poet@1") == poem
     assert server.greedy(PROMPT, 40, model=finished.fine_tuned_model) == tuned
     jobs = server.client.fine_tuning.jobs

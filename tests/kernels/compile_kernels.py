@@ -68,7 +68,8 @@ class Recorder:
                 continue
             if isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + TYPE_NAMES[value.dtype]
-                aligned = True
+                # Allocations are aligned, views of them where they begin (a tensor on `meta` has no address).
+                aligned = value.storage_offset() * value.itemsize % 16 == 0
             else:
                 signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 aligned = value % 16 == 0 and not parameter.do_not_specialize

@@ -83,3 +83,16 @@ def test_addresses_of_gradients_follow_the_gradients() -> None:
     first, second = torch.zeros(4), torch.zeros(4)
     assert batch.grad_pointers({1: first}).tolist() == [0, first.data_ptr()]
     assert batch.grad_pointers({1: second}).tolist() == [0, second.data_ptr()]
+
+
+@given(disjoint_runs())
+def test_all_that_kernels_read_begins_on_a_16_byte_boundary(runs: list[tuple[int, int, int]]) -> None:
+    """Else Triton would compile the kernels anew for some numbers of rows and tiles."""
+    batch = LoraBatch.build(runs, "meta")
+    if batch is None:
+        return
+    for tensor in (batch.token_idx, *batch.tables):
+        assert tensor.storage_offset() * tensor.itemsize % 16 == 0
+    on_cpu = LoraBatch.build(runs, "cpu")
+    assert on_cpu is not None
+    assert [table.shape for table in batch.tables] == [table.shape for table in on_cpu.tables]

@@ -1,14 +1,14 @@
 """A simulated engine that carries out plans and watches, from outside, that they are sound.
 
-It keeps what a device would keep: which (sequence, position) is in every cell of the KV cache, which adapter
-lies in every extent and slot, which windows and slices of every pack have run. It shares no code with the
-scheduler.
+It keeps what a device would keep: what is in every cell of the KV cache (the tenant, the adapter and all the
+tokens that keys and values depend on), which adapter lies in every extent and slot, which windows and slices
+of every pack have run. It shares no code with the scheduler.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from weft_scheduler import (
     PackDone,
     PackForwarded,
     PackSpec,
+    PrefixSpec,
     RequestSpec,
     Scheduler,
     SegmentKind,
@@ -29,6 +30,7 @@ from weft_scheduler import (
     StepDone,
     StepPlan,
     StepResult,
+    prefix_root,
 )
 
 STOP = 7
@@ -46,6 +48,18 @@ class Request:
     finish_reason: str | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
+    num_cached: int | None = None
+    contents: list[int] = field(default_factory=list)
+
+    def token(self, position: int) -> int:
+        """The token at a position; those that are to be generated are known here beforehand."""
+        idx = position - self.spec.num_prompt_tokens
+        if idx >= 0:
+            return self.generated(idx)
+        return 0 if self.spec.prefix is None else self.spec.prefix.token_ids[position]
+
+    def generated(self, idx: int) -> int:
+        return STOP if self.stop_after is not None and idx + 1 >= self.stop_after else OTHER
 
 
 @dataclass
@@ -63,11 +77,13 @@ class PackRecord:
 
 @dataclass
 class Flight:
-    """A plan under way, and who reads which blocks and slots."""
+    """A plan under way, and who reads and writes which blocks and slots."""
 
     plan: StepPlan
-    owners: dict[int, str]
-    slots: set[int]
+    readers: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    writers: dict[int, str] = field(default_factory=dict)
+    written: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    slots: set[int] = field(default_factory=set)
 
 
 class SimulatedEngine:
@@ -78,6 +94,7 @@ class SimulatedEngine:
         self.random = random.Random(seed)
         self.latency: Callable[[], float] = options.pop("latency", lambda: 0.0)
         self.noise: float = options.pop("noise", 0.1)
+        self.nan_rate: float = options.pop("nan_rate", 0.0)
         self.adapter_elements: dict[str, int] = {}
         self.scheduler = Scheduler(limits, CostModel(), targets, **options)
         self.now = 0.0
@@ -87,14 +104,17 @@ class SimulatedEngine:
         self.open_packs: dict[str, set[str]] = {}
         self.steps_done: dict[str, int] = {}
         self.steps_asked: dict[str, int] = {}
-        self.cells: dict[int, tuple[str, int]] = {}
+        self.cells: dict[int, object] = {}
+        self.nodes: dict[tuple[object, int], int] = {}
         self.slots: dict[int, str] = {}
         self.extents: dict[str, tuple[int, int]] = {}
         self.pending: list[tuple[float, str, str]] = []
         self.fetching: set[str] = set()
         self.failing: set[str] = set()
         self.aborted: set[str] = set()
+        self.expired: dict[str, Request] = {}
         self.plans: list[StepPlan] = []
+        self.endless: dict[str, tuple[str, list[int]]] = {}
 
     # ------------------------------------------------------------ work
 
@@ -108,8 +128,14 @@ class SimulatedEngine:
         request = self.requests[sequence_id]
         assert self.scheduler.abort(sequence_id) == (request.finish_reason is None)
         if request.finish_reason is None:
-            self.aborted.add(sequence_id)
-            del self.requests[sequence_id]
+            self.lose(sequence_id)
+
+    def lose(self, sequence_id: str) -> None:
+        """A request is gone. What plans under way write of it may be skipped, or be wrong."""
+        self.aborted.add(sequence_id)
+        del self.requests[sequence_id]
+        for flight in self.flights:
+            self.cells.update(dict.fromkeys(flight.written[sequence_id], "void"))
 
     def add_job(self, job_id: str, num_elements: int) -> None:
         self.adapter_elements[f"job:{job_id}"] = num_elements
@@ -126,6 +152,12 @@ class SimulatedEngine:
             self.open_packs[job_id].add(pack_id)
         self.scheduler.step_ready(job_id, self.now)
         self.steps_asked[job_id] = self.steps_done[job_id] + 1
+
+    def train_endlessly(self, job_id: str, tenant: str, sizes: list[int]) -> None:
+        """A job whose next step of such packs begins when one is done."""
+        self.add_job(job_id, 64)
+        self.endless[job_id] = (tenant, sizes)
+        self.add_step(job_id, tenant, sizes)
 
     def job_has_work(self, job_id: str) -> bool:
         return self.steps_asked[job_id] > self.steps_done[job_id]
@@ -164,6 +196,11 @@ class SimulatedEngine:
     def make_plan(self) -> StepPlan:
         plan = self.scheduler.plan(self.now)
         self.plans.append(plan)
+        for sequence_id in plan.expired:
+            request = self.expired[sequence_id] = self.requests.pop(sequence_id)
+            assert request.finish_reason is None
+            assert request.spec.deadline_s is not None
+            assert request.spec.deadline_s <= self.now
         self.carry_out(plan)
         if plan.is_empty:
             assert not plan.memory.preempted
@@ -182,10 +219,9 @@ class SimulatedEngine:
                 self.fetching.discard(key)
                 if key in self.failing:
                     for sequence_id in self.scheduler.adapter_failed(key):
-                        self.aborted.add(sequence_id)
-                        del self.requests[sequence_id]
-                else:
-                    assert self.scheduler.adapter_fetched(key, self.adapter_elements[key]) is None
+                        self.lose(sequence_id)
+                elif self.scheduler.adapter_fetched(key, self.adapter_elements[key]) is not None:
+                    assert not self.scheduler.adapter_failed(key), "only pins are refused here"
             else:
                 self.scheduler.adapter_loaded(key)
 
@@ -196,6 +232,7 @@ class SimulatedEngine:
             assert slot not in in_use, "evicted under a plan in flight"
             del self.slots[slot]
             del self.extents[key]
+        self.carry_out_moves(plan, in_use)
         for load in plan.memory.adapter_loads:
             assert load.slot not in self.slots
             assert 0 <= load.slot < self.limits.num_adapter_slots
@@ -212,8 +249,24 @@ class SimulatedEngine:
             self.fetching.add(key)
             self.pending.append((self.now + self.latency(), "fetch", key))
 
+    def carry_out_moves(self, plan: StepPlan, in_use: set[int]) -> None:
+        """One after the other, each onto room that is free by then; the bytes moved are bounded."""
+        for move in plan.memory.adapter_moves:
+            assert self.slots[move.slot] == move.adapter
+            assert move.slot not in in_use, "moved under a plan in flight"
+            assert not move.adapter.startswith("job:"), "a training adapter is moved"
+            assert (what := ("load", move.adapter)) not in [item[1:] for item in self.pending], what
+            assert self.extents.pop(move.adapter) == (move.source, move.source + move.num_elements)
+            end = move.destination + move.num_elements
+            assert 0 <= move.destination < end <= self.limits.arena_elements
+            for start, other_end in self.extents.values():
+                assert end <= start or other_end <= move.destination, "moved onto another"
+            self.extents[move.adapter] = (move.destination, end)
+        moved = sum(move.num_elements for move in plan.memory.adapter_moves)
+        assert moved <= self.limits.arena_elements / 8 or len(plan.memory.adapter_moves) == 1
+
     def execute(self, plan: StepPlan) -> Flight:
-        owners: dict[int, str] = {}
+        flight = Flight(plan)
         for pack_id in plan.memory.dropped_packs:
             if pack_id in self.packs:
                 record = self.packs[pack_id]
@@ -225,32 +278,52 @@ class SimulatedEngine:
         assert len(set(generated)) == len(generated)
         assert plan.num_forward_tokens <= self.limits.max_batch_tokens
         for segment in plan.forward:
-            self.execute_segment(segment, owners)
+            self.execute_segment(segment, flight)
         for part in plan.backward:
             self.execute_slice(part)
-        for flight in self.flights:
-            for block_id, owner in flight.owners.items():
-                assert owners.get(block_id, owner) == owner, "block reused under a plan in flight"
-        slots = {s.adapter_slot for s in plan.forward if s.adapter_slot is not None}
+        for block_id, writer in flight.writers.items():
+            assert flight.readers[block_id] == {writer}, "a block that is written is in two tables"
+        for other in self.flights:
+            for block_id, writer in flight.writers.items():
+                assert other.readers.get(block_id, {writer}) == {writer}, "reused under a plan in flight"
+            for block_id, readers in flight.readers.items():
+                writer = other.writers.get(block_id)
+                assert writer is None or readers == {writer}, "shared before it was committed"
+        flight.slots = {s.adapter_slot for s in plan.forward if s.adapter_slot is not None}
         jobs = {self.packs[p].spec.job_id for part in plan.backward for p in part.pack_ids}
         for job_id in [*jobs, *plan.optimizer_steps]:
             slot = self.scheduler.adapter_slot(f"job:{job_id}")
             assert slot is not None
-            slots.add(slot)
-        return Flight(plan, owners, slots)
+            flight.slots.add(slot)
+        return flight
 
-    def execute_segment(self, segment: Any, owners: dict[int, str]) -> None:
+    def content(self, name: str, position: int) -> object:
+        """What belongs into a token's cell: a number for its tenant, adapter, itself and all before it."""
+        if name in self.packs:
+            return (name, position)
+        request = self.requests[name]
+        spec, contents = request.spec, request.contents
+        while len(contents) <= position:
+            root = name if spec.prefix is None else (spec.tenant, spec.adapter)
+            step = (contents[-1] if contents else root, request.token(len(contents)))
+            contents.append(self.nodes.setdefault(step, len(self.nodes)))
+        return contents[position]
+
+    def execute_segment(self, segment: Any, flight: Flight) -> None:
         name, size = segment.sequence_id, self.limits.block_size
         end = segment.start + segment.num_tokens
         assert len(segment.block_ids) * size >= end
         assert len(set(segment.block_ids)) == len(segment.block_ids)
-        for block_id in segment.block_ids:
-            assert owners.setdefault(block_id, name) == name, "block in two tables"
-        for position in range(segment.start):
+        for idx, block_id in enumerate(segment.block_ids):
+            flight.readers[block_id].add(name)
+            if idx >= segment.start // size:
+                assert flight.writers.setdefault(block_id, name) == name, "two write one block"
+        for position in range(end):
             cell = segment.block_ids[position // size] * size + position % size
-            assert self.cells.get(cell) == (name, position), "reads keys and values of something else"
-        for position in range(segment.start, end):
-            self.cells[segment.block_ids[position // size] * size + position % size] = (name, position)
+            if position >= segment.start:
+                self.cells[cell] = self.content(name, position)
+                flight.written[name].append(cell)
+            assert self.cells.get(cell) == self.content(name, position), "reads something else"
         if segment.kind is SegmentKind.TRAIN:
             record = self.packs[name]
             adapter: str | None = record.spec.adapter
@@ -266,6 +339,8 @@ class SimulatedEngine:
             assert not segment.with_loss
             assert segment.kind is SegmentKind.PREFILL or segment.samples
             num_known = request.spec.num_prompt_tokens + len(request.tokens)
+            if request.num_cached is None:
+                request.num_cached = segment.start
             if segment.kind is SegmentKind.DECODE:
                 in_flight = sum(
                     s.sequence_id == name and s.samples for f in self.flights for s in f.plan.forward
@@ -293,6 +368,12 @@ class SimulatedEngine:
     def commit(self) -> None:
         flight = self.flights.popleft()
         plan = flight.plan
+        for name in [s.sequence_id for s in plan.forward if s.samples]:
+            is_alive = name in self.requests and self.requests[name].finish_reason is None
+            if is_alive and self.random.random() < self.nan_rate:
+                assert self.scheduler.fail(name)
+                self.cells.update(dict.fromkeys(flight.written[name], "void"))
+                self.lose(name)
         elapsed_s = max(plan.predicted_s * self.random.uniform(1 - self.noise, 1 + self.noise), 1e-4)
         self.now += elapsed_s
         sampled = {s.sequence_id: self.next_token(s) for s in plan.forward if s.samples}
@@ -304,16 +385,16 @@ class SimulatedEngine:
 
     def next_token(self, segment: Any) -> int:
         request = self.requests.get(segment.sequence_id)
-        if request is None or request.stop_after is None:
+        if request is None:
             return OTHER
-        num_generated = segment.start + segment.num_tokens - request.spec.num_prompt_tokens
-        return STOP if num_generated + 1 >= request.stop_after else OTHER
+        return request.token(segment.start + segment.num_tokens)
 
     def take(self, outcome: Any) -> None:
         if isinstance(outcome, SequenceToken):
             request = self.requests[outcome.sequence_id]
             assert request.finish_reason is None, "a token after the end"
             request.tokens.append(outcome.token_id)
+            assert outcome.num_cached_tokens == request.num_cached
             request.finish_reason = outcome.finish_reason
             if request.first_token_s is None:
                 request.first_token_s = self.now
@@ -329,6 +410,8 @@ class SimulatedEngine:
         elif isinstance(outcome, StepDone):
             assert not self.open_packs[outcome.job_id], "optimizer step before the end of backward"
             self.steps_done[outcome.job_id] += 1
+            if outcome.job_id in self.endless:
+                self.add_step(outcome.job_id, *self.endless[outcome.job_id])
 
     # ------------------------------------------------------------ checks
 
@@ -385,11 +468,8 @@ def make_engine(make_limits: Callable[..., Limits]) -> Callable[..., SimulatedEn
     """A simulated engine over small limits."""
 
     def make(seed: int = 0, targets: LatencyTargets | None = None, **overrides: Any) -> SimulatedEngine:
-        options = {
-            key: overrides.pop(key)
-            for key in ("latency", "noise", "tenant_weights", "policy")
-            if key in overrides
-        }
+        names = ("latency", "noise", "nan_rate", "tenant_weights", "policy")
+        options = {key: overrides.pop(key) for key in names if key in overrides}
         targets = targets or LatencyTargets(tpot_s=0.05, ttft_s=2.0)
         return SimulatedEngine(make_limits(**overrides), seed, targets, **options)
 
@@ -398,15 +478,26 @@ def make_engine(make_limits: Callable[..., Limits]) -> Callable[..., SimulatedEn
 
 @pytest.fixture
 def request_spec() -> Callable[..., RequestSpec]:
-    """A request of ten prompt and five new tokens on the base model, anything overridden."""
+    """A request of ten prompt and five new tokens on the base model, anything overridden.
 
-    def make(sequence_id: str, **overrides: Any) -> RequestSpec:
+    With `token_ids` it uses the prefix cache; `is_read` as in `PrefixSpec`.
+    """
+
+    def make(
+        sequence_id: str, token_ids: list[int] | None = None, is_read: bool = True, **overrides: Any
+    ) -> RequestSpec:
         fields: dict[str, Any] = {
             "tenant": "t",
             "num_prompt_tokens": 10,
             "max_new_tokens": 5,
             "stop_token_ids": frozenset({STOP}),
         }
+        if token_ids is not None:
+            root = prefix_root(overrides.get("tenant", "t"), overrides.get("adapter"))
+            fields |= {
+                "num_prompt_tokens": len(token_ids),
+                "prefix": PrefixSpec(root, token_ids, is_read),
+            }
         return RequestSpec(sequence_id, **(fields | overrides))
 
     return make

@@ -94,7 +94,7 @@ def test_the_budget_stays_within_a_tenth_and_one_and_a_half_of_the_target() -> N
 
 def test_without_decodes_the_budget_is_what_an_arrival_may_wait() -> None:
     assert BudgetController(LatencyTargets(0.05, 1.0)).open_budget_s == 0.25
-    assert BudgetController(LatencyTargets(0.05, 60.0)).open_budget_s == 0.5
+    assert BudgetController(LatencyTargets(0.05, 60.0)).open_budget_s == 0.25
     assert BudgetController(LatencyTargets(0.05, 1.0), max_inflight=2).open_budget_s == 0.125
 
 
@@ -104,3 +104,42 @@ def test_impossible_targets_are_refused(targets: tuple[float, float, float]) -> 
         LatencyTargets(*targets)
     with pytest.raises(ValueError, match="must be"):
         LatencyTargets(1.0, 1.0, unloaded_factor=0.5)
+
+
+def test_a_relative_target_comes_down_again_when_the_machine_is_quiet() -> None:
+    budget = BudgetController(LatencyTargets(0.008, 2.0, unloaded_factor=2.0))
+    feed_alone_and_trained(budget, alone_s=0.1, trained_s=0.2)
+    assert budget.tpot_s == pytest.approx(0.2)
+    num_probes = 0
+    for _ in range(64 * 40):
+        is_probe = budget.wants_probe(num_decodes=1, num_prefill_tokens=0)
+        num_probes += is_probe
+        budget.observe(0.005 if is_probe else 0.19, num_decodes=1, has_training=not is_probe)
+    assert budget.tpot_s == pytest.approx(0.01)
+    assert num_probes <= 40, "one plan in 64 at most"
+
+
+def test_a_fixed_target_needs_no_probes_and_prompts_spoil_one() -> None:
+    fixed = BudgetController(LatencyTargets(0.05, 2.0))
+    relative = BudgetController(LatencyTargets(0.05, 2.0, unloaded_factor=2.0))
+    for _ in range(200):
+        fixed.observe(0.04, num_decodes=1)
+        relative.observe(0.04, num_decodes=1)
+    assert not fixed.wants_probe(1, 0)
+    assert relative.wants_probe(1, 0)
+    assert not relative.wants_probe(1, 16)
+    assert not relative.wants_probe(0, 0)
+
+
+def test_late_first_tokens_shorten_the_iterations_that_an_arrival_may_meet() -> None:
+    budget = BudgetController(LatencyTargets(0.02, 1.0))
+    for _ in range(32 * 3):
+        budget.observe_first_token(1.5)
+    assert budget.measured_ttft_s == 1.5
+    assert budget.open_budget_s < 0.25 * 0.7
+    for _ in range(32 * 40):
+        budget.observe_first_token(5.0)
+    assert budget.open_budget_s == budget.decode_budget_s, "never below what decodes may take"
+    for _ in range(32 * 100):
+        budget.observe_first_token(0.1)
+    assert budget.open_budget_s == 0.25

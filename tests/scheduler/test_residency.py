@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from weft_scheduler.entries import AdapterState
 from weft_scheduler.requests import RequestTooLarge
-from weft_scheduler.residency import Residency
+from weft_scheduler.residency import PIN_RETRY_S, Residency
 
 UNIT = 64
 KEYS = [f"a{idx}" for idx in range(6)]
@@ -24,7 +24,7 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.residency = Residency(4, 8 * UNIT, 0.5)
+        self.residency = Residency(8, 16 * UNIT, 0.5, pinned_share=0.125)
         self.now = 0.0
         self.waiting = dict.fromkeys(KEYS, 0)
         self.users: dict[str, list[int]] = {key: [] for key in KEYS}
@@ -35,6 +35,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.fetching: list[str] = []
         self.fences = dict.fromkeys(KEYS, 0)
         self.committed = 0
+        self.settled: set[str] = set()
 
     @rule(key=st.sampled_from(KEYS), is_known=st.booleans())
     def want(self, key: str, is_known: bool) -> None:
@@ -80,7 +81,12 @@ class ResidencyMachine(RuleBasedStateMachine):
         if is_lost and key in KEYS:
             self.residency.failed(key)
         else:
-            assert self.residency.fetched(key, SIZES[key]) is None
+            entry = self.residency.entries.get(key)
+            is_only_pinned = entry is not None and entry.is_pinned and not entry.num_waiting
+            refusal = self.residency.fetched(key, SIZES[key])
+            assert refusal is None or is_only_pinned
+            if refusal is not None:
+                self.residency.failed(key)
 
     @precondition(lambda self: self.loading)
     @rule(is_lost=st.booleans())
@@ -97,9 +103,10 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.now += 0.1
         self.committed += by
         self.residency.advance(self.now, self.committed)
-        self.residency.try_finish_reservation()
+        self.residency.finish_reservations()
+        self.residency.settle_pins()
         for entry in list(self.residency.missing.values()):
-            if entry.state is AdapterState.ABSENT and self.residency.room_to_fetch(entry):
+            if entry.state is AdapterState.ABSENT and self.residency.staging.try_open_for(entry):
                 self.residency.fetch(entry)
             elif (
                 entry.state is AdapterState.HOST
@@ -108,28 +115,53 @@ class ResidencyMachine(RuleBasedStateMachine):
             ):
                 self.residency.try_reserve(entry, lambda key: len(self.users.get(key, ())))
         actions = self.residency.take_actions()
+        protected = set(self.residency.pinned) & self.settled
         for key, slot in actions.evictions:
             assert self.slots[slot] == key
+            assert key not in protected, "a pinned adapter in its place is evicted"
             assert key not in self.jobs or key in JOBS
             assert not self.users.get(key)
             assert self.fences.get(key, 0) <= self.committed
             self._vacate(key)
+        for move in actions.moves:
+            assert self.slots[move.slot] == move.adapter
+            assert not self.users.get(move.adapter)
+            assert self.fences.get(move.adapter, 0) <= self.committed
+            assert move.adapter not in self.loading
+            assert self.extents.pop(move.slot).start == move.source
+            place = range(move.destination, move.destination + move.num_elements)
+            assert self._is_free(place)
+            self.extents[move.slot] = place
         for load in actions.loads:
             place = range(load.offset, load.offset + load.num_elements)
             assert load.slot not in self.slots
-            assert place.stop <= 8 * UNIT
-            assert all(
-                place.stop <= other.start or other.stop <= place.start for other in self.extents.values()
-            )
-            assert load.adapter not in JOBS or place.start >= 4 * UNIT
+            assert place.stop <= 16 * UNIT
+            assert self._is_free(place)
+            assert load.adapter not in JOBS or place.start >= 8 * UNIT
             self.slots[load.slot] = load.adapter
             self.extents[load.slot] = place
             self.loading.append(load.adapter)
         self.fetching.extend(actions.fetches)
+        pinned_region = range(6 * UNIT, 8 * UNIT + 1)
+        self.settled = {
+            self.slots[slot]
+            for slot, place in self.extents.items()
+            if place.start in pinned_region and place.stop in pinned_region
+        }
 
     @invariant()
     def is_consistent(self) -> None:
         self.residency.check_invariants()
+
+    @rule(key=st.sampled_from(KEYS), is_pinned=st.booleans())
+    def pin(self, key: str, is_pinned: bool) -> None:
+        if is_pinned:
+            self.residency.pin(key)
+        else:
+            self.residency.unpin(key)
+
+    def _is_free(self, place: range) -> bool:
+        return all(place.stop <= other.start or other.stop <= place.start for other in self.extents.values())
 
     def _vacate(self, key: str) -> None:
         slot = next(slot for slot, other in self.slots.items() if other == key)
@@ -218,11 +250,11 @@ def test_a_reservation_stops_new_users_and_loads_when_the_last_old_one_leaves() 
     residency.want("a", UNIT)
     assert not residency.is_admitting("a")
     residency.release("a", fence=0)
-    residency.try_finish_reservation()
+    residency.finish_reservations()
     assert residency.take_actions().evictions == ()
     assert not bring(residency, "c", UNIT, is_aged=True)
     residency.release("b", fence=0)
-    residency.try_finish_reservation()
+    residency.finish_reservations()
     assert [load.adapter for load in residency.take_actions().loads][-1] == "big"
 
 
@@ -233,8 +265,7 @@ def test_a_reservation_takes_the_adapters_that_drain_first() -> None:
         residency.acquire(key)
     assert not bring(residency, "c", UNIT, is_aged=True)
     assert residency.try_reserve(residency.entries["c"], {"a": 90, "b": 4}.__getitem__)
-    assert residency.reservation is not None
-    assert residency.reservation.victims == {"b"}
+    assert residency.reservations["c"].victims == {"b"}
 
 
 def test_training_adapters_lie_in_their_share_and_leave_room_for_the_largest_request_adapter() -> None:
@@ -244,7 +275,7 @@ def test_training_adapters_lie_in_their_share_and_leave_room_for_the_largest_req
         assert bring(residency, f"job:{idx}", 2 * UNIT)
     assert not bring(residency, "job:4", 2 * UNIT)
     use_once(residency, "x", 1.0)
-    assert bring(residency, "largest", residency.max_inference_elements)
+    assert bring(residency, "largest", residency.regions.max_request_elements)
     residency.check_invariants()
 
 
@@ -288,7 +319,7 @@ def test_what_waits_in_host_memory_is_bounded(num_elements: int, num_fetches: in
     for idx in range(20):
         residency.want(f"a{idx}", num_elements)
         entry = residency.entries[f"a{idx}"]
-        if residency.room_to_fetch(entry):
+        if residency.staging.try_open_for(entry):
             residency.fetch(entry)
     assert len(residency.take_actions().fetches) == num_fetches
 
@@ -303,3 +334,164 @@ def test_news_that_nobody_awaits_changes_nothing() -> None:
     assert not residency.failed("a")
     assert residency.fetched("a", UNIT) is None
     assert residency.slot("a") == 0
+
+
+def fill(residency: Residency, keys: str) -> None:
+    for key in keys:
+        assert bring(residency, key, UNIT)
+        use_once(residency, key, 1.0)
+
+
+def unfill(residency: Residency, *keys: str) -> None:
+    """Let others take the place of `keys`, then fail to load: holes where they were."""
+    for key in keys:
+        residency._evict(residency.entries[key])
+    residency.take_actions()
+
+
+def test_holes_are_moved_together_before_anything_is_evicted() -> None:
+    residency = Residency(16, 16 * UNIT, 0.0)
+    fill(residency, "abcdefghijklmnop")
+    unfill(residency, "c", "e")
+    residency.advance(2.0, 0)
+    assert bring(residency, "new", 2 * UNIT)
+    actions = residency.take_actions()
+    assert actions.evictions == ()
+    (move,) = actions.moves
+    assert (move.adapter, move.source, move.destination) == ("d", 3 * UNIT, 2 * UNIT)
+    assert [load.offset for load in actions.loads] == [3 * UNIT]
+    residency.check_invariants()
+
+
+def test_an_adapter_in_use_is_not_moved_unless_no_plan_is_in_flight() -> None:
+    for is_synchronous in (False, True):
+        residency = Residency(16, 16 * UNIT, 0.0, is_synchronous=is_synchronous)
+        fill(residency, "abcdefghijklmnop")
+        unfill(residency, "c", "e")
+        residency.want("d", UNIT)
+        residency.acquire("d")
+        residency.advance(2.0, 0)
+        assert bring(residency, "new", 2 * UNIT)
+        actions = residency.take_actions()
+        assert len(actions.moves) == is_synchronous
+        assert bool(actions.evictions) is not is_synchronous
+
+
+def test_a_plan_moves_no_more_than_its_share_and_compacts_once() -> None:
+    residency = Residency(16, 16 * UNIT, 0.0)
+    fill(residency, "abcdefghijklmnop")
+    unfill(residency, "a", "e", "h", "k")
+    residency.advance(2.0, 0)
+    assert bring(residency, "new", 2 * UNIT)
+    first = residency.take_actions()
+    assert sum(move.num_elements for move in first.moves) == 2 * UNIT
+    assert bring(residency, "newer", 3 * UNIT)
+    second = residency.take_actions()
+    assert not second.moves
+    assert second.evictions
+
+
+def test_what_is_moved_and_evicted_in_one_plan_is_not_moved() -> None:
+    residency = Residency(16, 16 * UNIT, 0.0)
+    fill(residency, "abcdefghijklmnop")
+    unfill(residency, "c", "e")
+    residency.advance(2.0, 0)
+    assert bring(residency, "new", 2 * UNIT)
+    residency._evict(residency.entries["d"])
+    actions = residency.take_actions()
+    assert actions.moves == ()
+    assert [key for key, _ in actions.evictions] == ["d"]
+
+
+def test_a_pinned_adapter_is_brought_unasked_and_outlives_any_demand() -> None:
+    residency = Residency(16, 16 * UNIT, 0.25, pinned_share=0.25)
+    residency.pin("p")
+    residency.pin("p")
+    entry = residency.missing["p"]
+    residency.fetch(entry)
+    assert residency.fetched("p", 2 * UNIT) is None
+    assert residency.try_load(entry, is_aged=False)
+    residency.loaded("p")
+    assert residency.places.lies_in("p", residency.regions.pinned)
+    for idx in range(40):
+        assert bring(residency, f"a{idx}", UNIT)
+        use_once(residency, f"a{idx}", float(idx))
+    assert bring(residency, "largest", residency.regions.max_request_elements, is_aged=True)
+    assert "p" not in [key for key, _ in residency.take_actions().evictions]
+    residency.unpin("p")
+    residency.advance(50.0, 0)
+    for idx in range(16):
+        assert bring(residency, f"b{idx}", UNIT, is_aged=True)
+        use_once(residency, f"b{idx}", 60.0)
+    assert "p" in [key for key, _ in residency.take_actions().evictions]
+    residency.check_invariants()
+
+
+def test_an_adapter_that_is_resident_when_it_is_pinned_is_moved_to_where_it_cannot_fragment() -> None:
+    residency = Residency(16, 16 * UNIT, 0.25, pinned_share=0.25)
+    fill(residency, "abc")
+    residency.pin("b")
+    residency.settle_pins()
+    (move,) = residency.take_actions().moves
+    assert (move.adapter, move.source, move.destination) == ("b", UNIT, 8 * UNIT)
+    residency.settle_pins()
+    assert residency.take_actions().moves == ()
+
+
+def test_pins_beyond_their_share_are_refused_and_tried_again_later() -> None:
+    residency = Residency(16, 16 * UNIT, 0.25, pinned_share=0.25)
+    for key, size in (("a", 3 * UNIT), ("b", 2 * UNIT)):
+        residency.pin(key)
+        residency.fetch(residency.missing[key])
+        refusal = residency.fetched(key, size)
+        if refusal is None:
+            assert residency.try_load(residency.missing[key], is_aged=False)
+            residency.loaded(key)
+    assert refusal is not None
+    assert "2 others" not in refusal
+    assert "192 of the 256 elements" in refusal
+    assert residency.failed("b")
+    assert residency.missing["b"].retry_at_s == PIN_RETRY_S
+    residency.want("b", 2 * UNIT)
+    assert residency.missing["b"].retry_at_s == 0.0
+    residency.unpin("unknown")
+    residency.check_invariants()
+
+
+def test_a_pin_without_a_slot_waits_until_another_is_unpinned() -> None:
+    residency = Residency(8, 16 * UNIT, 0.25, pinned_share=0.25)
+    for key in "abc":
+        residency.pin(key)
+    assert list(residency.pinned) == ["a", "b"]
+    residency.unpin("a")
+    assert list(residency.pinned) == ["b", "c"]
+    assert "a" not in residency.entries
+    residency.unpin("c")
+    residency.unpin("b")
+    assert not residency.entries
+
+
+def test_an_adapter_in_training_cannot_be_pinned() -> None:
+    residency = Residency(16, 16 * UNIT, 0.25, pinned_share=0.25)
+    residency.want("job:0", UNIT, is_training=True)
+    with pytest.raises(ValueError, match="pin the version"):
+        residency.pin("job:0")
+
+
+def test_several_overdue_adapters_drain_their_places_at_the_same_time() -> None:
+    residency = Residency(8, 8 * UNIT, 0.0)
+    fill(residency, "abcdefgh")
+    for key in "abcdefgh":
+        residency.want(key, UNIT)
+        residency.acquire(key)
+    reserved = []
+    for idx in range(6):
+        assert not bring(residency, f"new{idx}", UNIT, is_aged=True)
+        reserved.append(residency.try_reserve(residency.entries[f"new{idx}"], lambda _: 1))
+    assert reserved == [True] * 2 + [False] * 4
+    residency.check_invariants()
+    for key in "abcdefgh":
+        residency.release(key, fence=0)
+    residency.finish_reservations()
+    loaded = [load.adapter for load in residency.take_actions().loads]
+    assert loaded[-2:] == ["new0", "new1"]

@@ -96,6 +96,16 @@ def test_generation_ends_at_the_models_length(
     assert engine.requests["r"].finish_reason == "length"
 
 
+def test_a_prompt_that_fills_the_context_samples_the_one_token_that_needs_no_room(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    engine = make_engine(max_model_len=20)
+    engine.request(request_spec("r", num_prompt_tokens=20, max_new_tokens=3))
+    engine.run()
+    assert len(engine.requests["r"].tokens) == 1
+    assert engine.requests["r"].finish_reason == "length"
+
+
 def test_plans_are_committed_in_order_and_completely(
     make_limits: Callable[..., Any], request_spec: Callable[..., Any]
 ) -> None:
@@ -133,8 +143,8 @@ def test_requests_that_can_never_run_are_refused_with_value_and_limit(
 ) -> None:
     limits = make_limits(num_blocks=16, block_size=4, max_model_len=128)
     scheduler = Scheduler(limits, CostModel(), LatencyTargets(0.05, 2.0))
-    with pytest.raises(RequestTooLarge, match="128 tokens; at most 127"):
-        scheduler.add_request(request_spec("r", num_prompt_tokens=128), 0.0)
+    with pytest.raises(RequestTooLarge, match="129 tokens; the context holds 128"):
+        scheduler.add_request(request_spec("r", num_prompt_tokens=129), 0.0)
     with pytest.raises(RequestTooLarge, match="need 65 tokens of cache; there are 64"):
         scheduler.add_request(request_spec("r", num_prompt_tokens=60, max_new_tokens=6), 0.0)
     with pytest.raises(RequestTooLarge, match="elements"):
@@ -256,7 +266,7 @@ def test_without_decodes_prompts_may_fill_the_open_budget_and_finetuning_only_th
     for idx in range(20):
         engine.request(request_spec(f"r{idx}", num_prompt_tokens=30, max_new_tokens=1))
         plan = engine.step()
-        assert plan.budget_s == 0.5
+        assert plan.budget_s == 0.25
         assert any(s.kind is SegmentKind.PREFILL for s in plan.forward)
         assert len(plan.backward) <= 20
     engine.run()

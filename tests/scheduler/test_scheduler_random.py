@@ -12,20 +12,37 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft_scheduler import LatencyTargets, RequestSpec
+from weft_scheduler import LatencyTargets, PrefixSpec, RequestSpec, ServiceTier, prefix_root
 from weft_scheduler.policies import AlternatingPolicy, NoCoservingPolicy, Policy, StaticCapPolicy
 
 TENANTS = ("ada", "bob", "cyd")
 
 
-def random_request(rng: random.Random, idx: int, capacity_tokens: int, num_adapters: int) -> RequestSpec:
+def random_prompt(engine: Any, rng: random.Random, most: int) -> list[int]:
+    """One of a few beginnings, or a conversation so far, and perhaps something of its own."""
+    known = [r for r in engine.requests.values() if r.spec.prefix is not None and r.finish_reason]
+    if known and rng.random() < 0.4:
+        before = rng.choice(known)
+        beginning = [*before.spec.prefix.token_ids, *before.tokens]
+    else:
+        beginning = [rng.randint(20, 21)] * rng.randint(1, most)
+    own = [rng.randint(30, 99) for _ in range(rng.choice((0, 1, 5)))]
+    return (beginning + own)[:most]
+
+
+def random_request(engine: Any, rng: random.Random, idx: int, num_adapters: int) -> RequestSpec:
+    capacity_tokens = min(engine.limits.capacity_tokens, engine.limits.max_model_len)
     num_prompt_tokens = rng.choice((1, 2, 3, 4, 5, rng.randint(1, capacity_tokens // 2)))
+    prompt = random_prompt(engine, rng, capacity_tokens // 2) if rng.random() < 0.7 else None
+    if prompt is not None:
+        num_prompt_tokens = len(prompt)
+    tenant = rng.choice(TENANTS)
     max_new_tokens = rng.randint(1, max(1, capacity_tokens - num_prompt_tokens))
     adapter = rng.choice([None, *(f"a{i}" for i in range(num_adapters))])
     size = 0 if adapter is None else 64 * (1 + int(adapter[1:]) % 16)
     return RequestSpec(
         sequence_id=f"r{idx}",
-        tenant=rng.choice(TENANTS),
+        tenant=tenant,
         num_prompt_tokens=num_prompt_tokens,
         max_new_tokens=min(max_new_tokens, rng.choice((2, 8, 40))),
         min_new_tokens=rng.choice((0, 0, 3)),
@@ -33,6 +50,9 @@ def random_request(rng: random.Random, idx: int, capacity_tokens: int, num_adapt
         adapter=adapter,
         adapter_elements=rng.choice((0, size)) if adapter else 0,
         priority=rng.choice((0, 0, 1)),
+        prefix=prompt and PrefixSpec(prefix_root(tenant, adapter), prompt, is_read=rng.random() < 0.9),
+        tier=rng.choice((ServiceTier.DEFAULT, ServiceTier.DEFAULT, ServiceTier.FLEX)),
+        deadline_s=rng.choice((None, None, None, engine.now + rng.expovariate(1.0))),
     )
 
 
@@ -46,11 +66,10 @@ def drive(engine: Any, rng: random.Random, num_events: int, num_adapters: int) -
     for _ in range(num_events):
         event = rng.random()
         if event < arrivals:
-            num_requests += 1
-            spec = random_request(
-                rng, num_requests, min(limits.capacity_tokens, limits.max_model_len), num_adapters
-            )
-            engine.request(spec, stop_after=rng.choice((None, rng.randint(1, 12))))
+            stop_after = rng.choice((None, rng.randint(1, 12)))
+            for _ in range(rng.choice((1, 1, 4))):
+                engine.request(random_request(engine, rng, num_requests, num_adapters), stop_after)
+                num_requests += 1
         elif 0.25 < event < 0.28 and engine.requests:
             engine.abort(rng.choice(list(engine.requests)))
         elif 0.28 < event < 0.34 and len(engine.open_packs) < 4:
@@ -66,6 +85,12 @@ def drive(engine: Any, rng: random.Random, num_events: int, num_adapters: int) -
             engine.remove_job(rng.choice(list(engine.open_packs)))
         elif 0.46 < event < 0.48:
             engine.failing ^= {f"a{rng.randrange(num_adapters)}"} if num_adapters else set()
+        elif 0.48 < event < 0.49:
+            most = {tenant: rng.randint(1, 3) for tenant in TENANTS if rng.random() < 0.5}
+            engine.scheduler.set_max_concurrency(most)
+        elif 0.49 < event < 0.53 and num_adapters:
+            change = rng.choice((engine.scheduler.pin_adapter, engine.scheduler.unpin_adapter))
+            change(f"a{rng.randrange(num_adapters)}")
         else:
             engine.step()
         engine.scheduler.check_invariants()
@@ -104,8 +129,14 @@ def random_setting(rng: random.Random) -> dict[str, Any]:
         setting |= {"num_adapter_slots": 2, "arena_elements": 64 * 33, "max_wait_s": 0.1}
     if rng.random() < 0.3:
         setting |= {"latency": lambda: rng.expovariate(20.0), "max_wait_s": 0.2}
+    if rng.random() < 0.5:
+        setting |= {"training_adapter_share": 0.25, "pinned_adapter_share": 0.25}
     if rng.random() < 0.3:
         setting["max_training_wait_s"] = 0.05
+    if rng.random() < 0.5:
+        setting["max_flex_wait_s"] = 0.2
+    if rng.random() < 0.3:
+        setting["nan_rate"] = 0.02
     if rng.random() < 0.3:
         setting |= {"max_num_seqs": 3, "max_batch_tokens": 11}
     return setting
@@ -119,6 +150,43 @@ def test_random_work_all_ends_and_reads_only_its_own_memory(
     rng = random.Random(seed)
     engine = make_engine(seed, **random_setting(rng))
     drive(engine, rng, rng.randint(10, 200), rng.choice((0, 1, 3, 12)))
+
+
+def plans_of(make_engine: Callable[..., Any], seed: int, with_cache: bool) -> list[Any]:
+    """What was planned for the same work, without block ids; nobody finds what others have left cached."""
+    rng = random.Random(seed)
+    engine = make_engine(seed, **(random_setting(rng) | {"noise": 0.0, "nan_rate": 0.0}))
+    num_tokens = min(engine.limits.capacity_tokens, engine.limits.max_model_len) // 2
+    for idx in range(rng.randint(2, 40)):
+        prompt = [rng.randint(0, 1)] * rng.randint(1, num_tokens)
+        prefix = PrefixSpec(prefix_root("ada", None), prompt, is_read=False)
+        max_new_tokens = rng.randint(1, num_tokens)
+        spec = RequestSpec(
+            f"r{idx}", "ada", len(prompt), max_new_tokens, prefix=prefix if with_cache else None
+        )
+        engine.request(spec)
+        if idx == 5:
+            engine.add_job("j", 64)
+            engine.add_step("j", "bob", [engine.limits.max_pack_tokens])
+        for _ in range(rng.choice((0, 1, 5))):
+            engine.step()
+    finish(engine)
+    engine.check_finished()
+    return [
+        (
+            [(s.sequence_id, s.start, s.num_tokens) for s in plan.forward],
+            plan.backward,
+            plan.memory.preempted,
+            plan.memory.dropped_packs,
+        )
+        for plan in engine.plans
+    ]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_what_is_cached_is_in_nobodys_way(make_engine: Callable[..., Any], seed: int) -> None:
+    assert plans_of(make_engine, seed, with_cache=True) == plans_of(make_engine, seed, with_cache=False)
 
 
 def small_caps() -> StaticCapPolicy:

@@ -124,7 +124,7 @@ def test_the_budget_opens_when_nobody_waits_for_tokens(make_engine: Callable[...
     engine.add_step("j", "t", [64])
     engine.run()
     training = [plan for plan in engine.plans if plan.backward]
-    assert training[0].budget_s == 0.5
+    assert training[0].budget_s == 0.25
     assert max(plan.predicted_s for plan in training) > 0.02
 
 

@@ -45,6 +45,25 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     assert "usage: weft" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serve", "x", "--prot", "1"], "weft serve: error: unknown option '--prot'. Did you mean --port?"),
+        (["serve", "--max-num-seq=1", "x"], "unknown option '--max-num-seq'. Did you mean --max-num-seqs?"),
+        (["demo", "--zzz"], "weft demo: error: unknown option '--zzz'. Allowed: --help, --exit, --config,"),
+        (["keys", "new", "--tenat", "x"], "weft keys new: error: unknown option '--tenat'. Did you mean"),
+        (["serve", "x", "y"], "weft serve: error: unexpected argument 'y'"),
+    ],
+)
+def test_an_unknown_argument_is_answered_with_what_is_allowed(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_bad_configuration_exits_with_2_and_one_line() -> None:
     done = run("serve", "x", "--port", "http")
     assert (done.returncode, done.stdout) == (2, "")

@@ -32,7 +32,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert (settings.max_upload_mb, settings.log_level) == (512, "info")
     assert settings.max_model_len is settings.kv_cache_tokens is settings.tpot_slo_ms is None
     assert settings.data_dir.name == "weft"
-    assert [settings.no_auth, settings.low_memory, settings.redis_volatile] == [False] * 3
+    switches = [settings.no_auth, settings.low_memory, settings.redis_volatile, settings.no_prefix_cache]
+    assert switches == [False] * 4
 
 
 def test_flag_beats_variable_beats_file_beats_default(tmp_path: Path) -> None:
@@ -63,7 +64,9 @@ def test_the_model_may_come_from_anywhere_but_must_come() -> None:
         ("quantization", "awq", "nf4"),
         ("store", "postgres://x", "redis://"),
         ("store", "redis://", "redis://"),
-        ("max_model_len", "0", "whole number from 1"),
+        ("max_model_len", "0", "1 to 2147483647"),
+        ("kv_cache_tokens", "100000000000", "1 to 2147483647"),
+        ("max_num_seqs", "2000000000", "1 to 65536"),
         ("gpu_memory_utilization", "1.5", "at most 1"),
         ("gpu_memory_utilization", "0", "above 0"),
         ("gpu_memory_utilization", "nan", "above 0"),

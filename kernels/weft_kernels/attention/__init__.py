@@ -12,14 +12,17 @@ from torch import Tensor
 
 from weft_kernels.attention import reference
 from weft_kernels.attention.batch import AttentionBatch, AttentionChunk, make_chunk
+from weft_kernels.attention.decode import DecodeBucket, make_buckets
 from weft_kernels.attention.reference import Vjp, gather_keys
 
 __all__ = [
     "AttentionBatch",
     "AttentionChunk",
+    "DecodeBucket",
     "Vjp",
     "chunk_vjp",
     "gather_keys",
+    "make_buckets",
     "make_chunk",
     "paged_attention",
 ]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from weft_kernels.attention.decode import DecodeBucket
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionChunk:
@@ -63,46 +65,13 @@ def make_chunk(
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Decode rows come first in the flat batch, one per sequence; the chunks follow in row order.
+    """Decode rows come first in the flat batch, one per sequence, each in one of the buckets; the chunks
+    follow in row order."""
 
-    `decode_block_tables` is `[S, max_blocks]` int64 (unused entries: any block), `decode_lengths` `[S]` int64
-    the number of keys of each sequence, the current token included.
-    """
-
-    num_decode: int
-    decode_block_tables: Tensor
-    decode_lengths: Tensor
+    decode: Sequence[DecodeBucket]
     chunks: Sequence[AttentionChunk]
-    _masks: dict[tuple[torch.dtype, int | None], Tensor] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-    _decode_slots: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
-    def decode_slots(self, block_size: int) -> Tensor:
-        """Cache rows of the padded decode call, `[S, max_blocks * block_size]` int64, kept for other layers.
-
-        Past a sequence's end they repeat its own first row: what a block held for somebody else is never
-        read, not even to be masked (a NaN would survive the mask).
-        """
-        if block_size not in self._decode_slots:
-            tables = self.decode_block_tables
-            offsets = torch.arange(block_size, device=tables.device)
-            slots = (tables.unsqueeze(2) * block_size + offsets).flatten(1)
-            keys = torch.arange(slots.shape[1], device=tables.device).unsqueeze(0)
-            self._decode_slots[block_size] = torch.where(
-                keys < self.decode_lengths.unsqueeze(1), slots, slots[:, :1]
-            )
-        return self._decode_slots[block_size]
-
-    def decode_mask(self, num_keys: int, dtype: torch.dtype, sliding_window: int | None) -> Tensor:
-        """Additive mask `[S, 1, 1, num_keys]` of the padded decode call, kept for the other layers."""
-        key = (dtype, sliding_window)
-        if key not in self._masks:
-            keys = torch.arange(num_keys, device=self.decode_lengths.device).unsqueeze(0)
-            lengths = self.decode_lengths.unsqueeze(1)
-            hidden = keys >= lengths
-            if sliding_window is not None:
-                hidden |= keys < lengths - sliding_window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=keys.device).masked_fill_(hidden, -torch.inf)
-            self._masks[key] = mask.view(-1, 1, 1, num_keys)
-        return self._masks[key]
+    @property
+    def num_decode(self) -> int:
+        """Number of decode rows."""
+        return sum(bucket.num_rows for bucket in self.decode)

@@ -1,13 +1,13 @@
 """Paged attention in plain PyTorch: what every faster version must equal, and the CPU path.
 
-Decode rows are one padded, masked call for all sequences; every chunk (a prompt chunk, or the part of a
-finetuning window that lies in one example) is one call of the library's attention, which stores no score
-matrix.
+Decode rows are one padded, masked call for all sequences of similar length; every chunk (a prompt chunk, or
+the part of a finetuning window that lies in one example) is one call of the library's attention, which stores
+no score matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels.attention.batch import AttentionBatch, AttentionChunk
+from weft_kernels.attention.decode import DecodeBucket
 
 Vjp: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -30,8 +31,9 @@ def paged_attention(
 ) -> Tensor:
     """Attention of a flat batch over cached keys and values; see `weft_kernels.attention.paged_attention`."""
     outputs = []
-    if batch.num_decode:
-        outputs.append(_decode(q[: batch.num_decode], k_cache, v_cache, batch, scale, sliding_window))
+    if batch.decode:
+        rows = q[: batch.num_decode]
+        outputs.append(_decode(rows, k_cache, v_cache, batch.decode, scale, sliding_window))
     for chunk in batch.chunks:
         k, v = gather_keys(k_cache, v_cache, chunk)
         rows = q[chunk.row_start : chunk.row_start + chunk.num_tokens]
@@ -69,19 +71,36 @@ def _decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    batch: AttentionBatch,
+    buckets: Sequence[DecodeBucket],
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    if len(buckets) == 1:
+        return _bucket(q, k_cache, v_cache, buckets[0], scale, sliding_window)
+    out = torch.empty_like(q)
+    for bucket in buckets:
+        assert bucket.rows is not None  # buckets that are several name their rows
+        rows = q.index_select(0, bucket.rows)
+        out.index_copy_(0, bucket.rows, _bucket(rows, k_cache, v_cache, bucket, scale, sliding_window))
+    return out
+
+
+def _bucket(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    bucket: DecodeBucket,
     scale: float,
     sliding_window: int | None,
 ) -> Tensor:
     num_sequences, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
-    slots = batch.decode_slots(block_size)
-    num_keys = slots.shape[1]
-    shape = (num_sequences, num_keys, num_kv_heads, head_dim)
-    k = k_cache.flatten(0, 1).index_select(0, slots.flatten()).view(shape)
-    v = v_cache.flatten(0, 1).index_select(0, slots.flatten()).view(shape)
+    slots = bucket.slots(block_size).flatten()
+    shape = (num_sequences, bucket.num_keys, num_kv_heads, head_dim)
+    k = k_cache.flatten(0, 1).index_select(0, slots).view(shape)
+    v = v_cache.flatten(0, 1).index_select(0, slots).view(shape)
     grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    mask = batch.decode_mask(num_keys, q.dtype, sliding_window)  # [S, 1, 1, num_keys]
+    mask = bucket.mask(q.dtype, sliding_window)  # [S, 1, 1, num_keys]
     out = F.scaled_dot_product_attention(
         grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
     )

@@ -13,9 +13,10 @@ from torch import Tensor
 from weft_kernels.lora import reference
 from weft_kernels.lora.batch import LoraBatch
 from weft_kernels.lora.dropout import LoraDropout, dropout_mask
-from weft_kernels.lora.table import LoraEntry, LoraGroup, LoraTable, SlotEntry
+from weft_kernels.lora.table import ALIGNMENT, LoraEntry, LoraGroup, LoraTable, SlotEntry
 
 __all__ = [
+    "ALIGNMENT",
     "LoraBatch",
     "LoraDropout",
     "LoraEntry",

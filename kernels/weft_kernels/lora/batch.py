@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from weft_kernels.transfer import upload_indices
+
 _MIN_TILE_ROWS, _MAX_TILE_ROWS = 16, 64
 
 
@@ -45,15 +47,15 @@ class LoraBatch:
         self.num_rows = len(index)
         self.max_row = max(index)
         self.tile_rows = _tile_rows(max(end - start for _, start, end in segments))
-        if device.type == "cuda":
-            packed = torch.tensor(index + self._table_values(), dtype=torch.int64).to(
-                device, non_blocking=True
-            )
-            self.token_idx = packed[: self.num_rows]
-            self._tables: tuple[Tensor, Tensor] | None = self._split_tables(packed[self.num_rows :])
+        if device.type == "cpu":
+            self.token_idx = upload_indices(index, device)
+            self._tables: tuple[Tensor, Tensor] | None = None
         else:
-            self.token_idx = torch.tensor(index, dtype=torch.int64, device=device)
-            self._tables = None
+            first = _padded(len(index))
+            values = index + [0] * (first - len(index)) + self._table_values()
+            packed = upload_indices(values, device)
+            self.token_idx = packed[: self.num_rows]
+            self._tables = self._split_tables(packed[first:])
         self.rows: tuple[slice | Tensor, ...] = tuple(
             slice(*runs_by_slot[slot][0]) if len(runs_by_slot[slot]) == 1 else self.token_idx[start:end]
             for slot, start, end in self.segments
@@ -90,7 +92,7 @@ class LoraBatch:
         """Tile table [num_tiles, 3] of `(slot, start, num_rows)` and segment table [num_segments, 3] of
         `(slot, start, num_rows)`, both int64 on the device; starts index `token_idx`."""
         if self._tables is None:
-            values = torch.tensor(self._table_values(), dtype=torch.int64, device=self.token_idx.device)
+            values = upload_indices(self._table_values(), self.token_idx.device)
             self._tables = self._split_tables(values)
         return self._tables
 
@@ -98,23 +100,30 @@ class LoraBatch:
         """Address of each segment's flat gradient, int64 [num_segments]; 0 for slots absent from `grads`."""
         addresses = tuple(grads[slot].data_ptr() if slot in grads else 0 for slot, _, _ in self.segments)
         if self._grad_pointers is None or self._grad_pointers[0] != addresses:
-            values = torch.tensor(addresses, dtype=torch.int64).to(self.token_idx.device, non_blocking=True)
-            self._grad_pointers = (addresses, values)
+            self._grad_pointers = (addresses, upload_indices(addresses, self.token_idx.device))
         return self._grad_pointers[1]
 
     def _table_values(self) -> list[int]:
+        """Tiles, padding, segments: see `_padded`."""
         values: list[int] = []
         for slot, start, end in self.segments:
             for tile in range(start, end, self.tile_rows):
                 values += (slot, tile, min(self.tile_rows, end - tile))
+        values += [0] * (_padded(len(values)) - len(values))
         for slot, start, end in self.segments:
             values += (slot, start, end - start)
         return values
 
     def _split_tables(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        rows = values.view(-1, 3)
-        num_tiles = rows.shape[0] - len(self.segments)
-        return rows[:num_tiles], rows[num_tiles:]
+        num_tiles = sum(-(-(end - start) // self.tile_rows) for _, start, end in self.segments)
+        tiles, segments = values[: 3 * num_tiles], values[_padded(3 * num_tiles) :]
+        return tiles.view(-1, 3), segments.view(-1, 3)
+
+
+def _padded(num_values: int) -> int:
+    """The length that keeps what follows on a 16-byte boundary. Triton compiles a kernel anew for pointers of
+    another alignment, which would stop a serving engine for seconds."""
+    return -(-num_values // 2) * 2
 
 
 def _tile_rows(longest: int) -> int:

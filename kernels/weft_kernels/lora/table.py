@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft_kernels.transfer import upload
+
 ALIGNMENT = 64
 """Every extent and every tensor inside it starts at a multiple of this many elements."""
 
@@ -123,6 +125,15 @@ class LoraTable:
         self._groups[slot] = {}
         self._write_rows(slot)
 
+    def rebase_slot(self, slot: int, base: int) -> None:
+        """The extent of `slot` has moved to element `base`; what it adapts stays.
+
+        Raises:
+            IndexError, ValueError: as `set_slot`.
+        """
+        self._check_slot(slot)
+        self.set_slot(slot, base, self._entries[slot].values())
+
     def clear_slot(self, slot: int) -> None:
         """Make `slot` adapt nothing. Raises IndexError for a slot outside the table."""
         self.set_slot(slot, 0, ())
@@ -188,10 +199,11 @@ class LoraTable:
             a_row[site], b_row[site] = base + e.a_offset, base + e.b_offset
             ranks[site], scales[site] = e.rank, e.scale
         shape = (self.num_layers, self.num_modules)
-        self.a_offsets[slot].copy_(torch.tensor(a_row, dtype=torch.int64).view(shape))
-        self.b_offsets[slot].copy_(torch.tensor(b_row, dtype=torch.int64).view(shape))
-        self.ranks[slot].copy_(torch.tensor(ranks, dtype=torch.int32).view(shape))
-        self.scales[slot].copy_(torch.tensor(scales, dtype=torch.float32).view(shape))
+        device = self.weights.device
+        self.a_offsets[slot].copy_(upload(a_row, torch.int64, device).view(shape))
+        self.b_offsets[slot].copy_(upload(b_row, torch.int64, device).view(shape))
+        self.ranks[slot].copy_(upload(ranks, torch.int32, device).view(shape))
+        self.scales[slot].copy_(upload(scales, torch.float32, device).view(shape))
         self.base[slot].fill_(base)
 
     def _check_slot(self, slot: int) -> None:

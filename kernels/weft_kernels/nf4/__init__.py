@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from weft_kernels.nf4 import reference
-from weft_kernels.nf4.weight import NESTED_BLOCK_SIZE, Nf4Weight, can_concatenate, concatenate
+from weft_kernels.nf4.weight import MAX_FUSED_ROWS, NESTED_BLOCK_SIZE, Nf4Weight, can_concatenate, concatenate
 
 __all__ = [
+    "MAX_FUSED_ROWS",
     "NESTED_BLOCK_SIZE",
     "Nf4Weight",
     "can_concatenate",

@@ -10,10 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weft_kernels.nf4.kernels import dequantize_kernel, input_grad_kernel, linear_kernel
-from weft_kernels.nf4.weight import Nf4Weight
-
-MAX_FUSED_ROWS = 64
-"""Above this many rows the library's product on a decoded copy wins over decoding once per tile of rows."""
+from weft_kernels.nf4.weight import MAX_FUSED_ROWS, Nf4Weight
 
 TILE_COLUMNS = 64
 _DEQUANTIZE_ELEMENTS = 4096

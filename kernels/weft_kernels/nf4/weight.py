@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+MAX_FUSED_ROWS = 64
+"""Above this many rows the library's product on a decoded copy wins over decoding once per tile of rows."""
+
 NESTED_BLOCK_SIZE = 256
 """Scales that share one second-level scale and offset."""
 

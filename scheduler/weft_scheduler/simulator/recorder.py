@@ -199,6 +199,11 @@ class Recorder:
             contended_fairness=self._contended_fairness(),
             training_fairness=self._training_fairness(),
             adapter_hit_rate=sum(known) / len(known) if known else None,
+            prefix_hit_rate=(
+                scheduler.num_prefix_hits / scheduler.num_prefix_queries
+                if scheduler.num_prefix_queries
+                else None
+            ),
             num_adapter_loads=num_adapter_loads,
             kv_mean=self._kv_seconds / self.busy_s if self.busy_s else 0.0,
             kv_peak=self._kv_peak,

@@ -110,7 +110,8 @@ class Report:
     through the backward of all layers; `kept` compares with the same jobs alone. `service_fairness` is
     Jain's index of tenants' tokens (prompt 1, answer 2) over weight, `contended_fairness` the same of the
     10-second windows at whose both ends at least two tenants had requests waiting, of those tenants alone.
-    `adapter_hit_rate` is the share of requests whose adapter was on the device when they arrived.
+    `adapter_hit_rate` is the share of requests whose adapter was on the device when they arrived,
+    `prefix_hit_rate` the share of prompt tokens found in the prefix cache, of those looked for.
     """
 
     policy: str
@@ -133,6 +134,7 @@ class Report:
     contended_fairness: float | None
     training_fairness: float | None
     adapter_hit_rate: float | None
+    prefix_hit_rate: float | None
     num_adapter_loads: int
     kv_mean: float
     kv_peak: float

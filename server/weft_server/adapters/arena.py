@@ -18,6 +18,9 @@ from weft_kernels.lora import LoraTable
 from weft_server.adapters.image import HostImage
 from weft_server.adapters.layout import ALIGNMENT, MODULES
 
+_MOVE_CHUNK_ELEMENTS = 1 << 22
+"""Elements of the staging buffer through which extents are moved."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
@@ -116,6 +119,28 @@ class AdapterArena:
                 landed.record(self._copies)
         return LoadHandle(landed, lambda: self._complete(slot, image, landed))
 
+    def move(self, slot: int, destination: int) -> None:
+        """Copy the extent of `slot` to `destination`, which may overlap it, and point the table there.
+
+        Ordered on the current stream: kernels already launched have read the old place, later ones read the
+        new one; loads that begin later wait for the copy, as they may be given the old place.
+
+        Raises:
+            ValueError: the slot is empty or loading, or the new place is misaligned, overlaps another extent
+                or leaves the arena; nothing has changed.
+        """
+        source = self._loaded(slot)
+        del self._extents[slot]
+        try:
+            target = self._reserve(slot, destination, source.end - source.start)
+        except ValueError:
+            self._extents[slot] = source
+            raise
+        _copy_within(self.weights, source, target)
+        self.table.rebase_slot(slot, target.start)
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream(self.weights.device))
+
     def clear(self, slot: int) -> None:
         """Take the adapter at `slot` out of the table; its extent may be loaded again.
 
@@ -136,9 +161,7 @@ class AdapterArena:
         Raises:
             ValueError: the slot is empty or loading, or the vector has another length.
         """
-        extent = self._extents.get(slot)
-        if extent is None or slot in self._loading:
-            raise ValueError(f"slot {slot} holds no loaded adapter")
+        extent = self._loaded(slot)
         if flat.shape != (extent.end - extent.start,):
             raise ValueError(
                 f"slot {slot} has {extent.end - extent.start} elements, got shape {tuple(flat.shape)}"
@@ -147,10 +170,14 @@ class AdapterArena:
 
     def view(self, slot: int) -> Tensor:
         """The weights at `slot` as a view `[num_elements]`. Raises ValueError if it is empty or loading."""
+        extent = self._loaded(slot)
+        return self.weights[extent.start : extent.end]
+
+    def _loaded(self, slot: int) -> _Extent:
         extent = self._extents.get(slot)
         if extent is None or slot in self._loading:
             raise ValueError(f"slot {slot} holds no loaded adapter")
-        return self.weights[extent.start : extent.end]
+        return extent
 
     def _complete(self, slot: int, image: HostImage, landed: torch.cuda.Event | None) -> None:
         if landed is not None:
@@ -177,6 +204,16 @@ class AdapterArena:
                 raise ValueError(f"extent [{extent.start}, {extent.end}) overlaps the one of slot {other}")
         self._extents[slot] = extent
         return extent
+
+
+def _copy_within(weights: Tensor, source: _Extent, target: _Extent) -> None:
+    """Copy an extent to where it may overlap itself: in chunks through a staging buffer, each read before the
+    chunks behind it are written."""
+    shift = target.start - source.start
+    starts = range(source.start, source.end, _MOVE_CHUNK_ELEMENTS)
+    for start in starts if shift < 0 else reversed(starts):
+        end = min(start + _MOVE_CHUNK_ELEMENTS, source.end)
+        weights[start + shift : end + shift].copy_(weights[start:end].clone())
 
 
 def _has_passed(event: torch.cuda.Event) -> bool:

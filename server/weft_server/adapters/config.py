@@ -19,7 +19,7 @@ from weft_server.adapters.patterns import PathPattern, PatternError, StepBudget
 ALL_LINEAR = "all-linear"
 _MAX_SCALE = 3.0e38
 _MAX_PATTERNS = 4096
-_MAX_MATCH_STEPS = 3_000_000
+_MAX_MATCH_STEPS = 1_000_000
 
 ResolvedModules: TypeAlias = Mapping[tuple[int, str], "ResolvedModule"]
 
@@ -108,13 +108,36 @@ class LoraConfig:
                 path = module_path(layer, module)
                 if module in modules and targets.include(path, layer):
                     resolved[layer, module] = self._resolve_one(path, int(ranks.at(path)), alphas.at(path))
+        paths = [module_path(layer, module) for layer in range(num_layers) for module in modules]
         if not resolved:
-            raise AdapterError(
+            raise self._nothing_adapted(targets, paths, modules)
+        for table in (ranks, alphas):
+            table.check_all_used((*paths, *OUTER_MODULES))
+        return resolved
+
+    def _nothing_adapted(
+        self, targets: _Targets, paths: Collection[str], modules: Collection[str]
+    ) -> AdapterError:
+        """Which of the settings is the reason that no layer is left."""
+        named = [path for path in paths if targets.names(path)]
+        if not named:
+            return AdapterError(
                 f"target_modules {shown(self.target_modules)} names no linear layer of this base model; "
                 f"it has {', '.join(m for m in MODULES if m in modules)}",
                 param="target_modules",
             )
-        return resolved
+        if all(targets.excludes(path) for path in named):
+            return AdapterError(
+                f"exclude_modules {shown(self.exclude_modules)} excludes every layer that target_modules "
+                f"{shown(self.target_modules)} names; narrow it",
+                param="exclude_modules",
+            )
+        return AdapterError(
+            f"layers_to_transform {shown(self.layers_to_transform)} with layers_pattern "
+            f"{shown(self.layers_pattern)} leaves no layer that target_modules {shown(self.target_modules)} "
+            "names",
+            param="layers_pattern" if self.layers_pattern else "layers_to_transform",
+        )
 
     def _resolve_one(self, path: str, rank: int, alpha: float) -> ResolvedModule:
         scale = self.scale(rank, alpha)
@@ -141,8 +164,17 @@ class _Targets:
                 param="layers_to_transform",
             )
 
+    def names(self, path: str) -> bool:
+        """Whether `target_modules` alone would adapt it."""
+        return self._include.matches(path)
+
+    def excludes(self, path: str) -> bool:
+        """Whether `exclude_modules` takes it out."""
+        return self._exclude.matches(path)
+
     def include(self, path: str, layer: int | None) -> bool:
-        if self._exclude.matches(path) or not self._include.matches(path):
+        """Whether it is adapted."""
+        if self.excludes(path) or not self.names(path):
             return False
         if self._layers is None or path in self._whole_paths:
             return True
@@ -201,17 +233,38 @@ class _PatternTable:
         if len(items) > _MAX_PATTERNS:
             raise AdapterError(f"{where} has {len(items)} keys; at most {_MAX_PATTERNS} are allowed")
         self._where = where
-        self._patterns = [(_compile(where, key, budget), value) for key, value in items]
+        self._patterns = [(key, _compile(where, key, budget), value) for key, value in items]
         self._default = default
+        self._unused = {key for key, _ in items}
 
     def at(self, path: str) -> float:
+        """The value for a path."""
+        for key, pattern, value in self._patterns:
+            if self._matches(pattern, path):
+                self._unused.discard(key)
+                return value
+        return self._default
+
+    def check_all_used(self, paths: Collection[str]) -> None:
+        """Refuse a key that matches none of the base's modules, adapted or not: PEFT would ignore it.
+
+        Raises:
+            AdapterError: naming the key.
+        """
+        for key, pattern, _ in self._patterns:
+            if key in self._unused and not any(self._matches(pattern, path) for path in paths):
+                raise AdapterError(
+                    f"{self._where}[{shown(key)}] matches no module of this base model and would have no "
+                    "effect; correct or remove the key (it must match the end of a module's path, from a dot "
+                    "on)",
+                    param=self._where,
+                )
+
+    def _matches(self, pattern: PathPattern, path: str) -> bool:
         try:
-            for pattern, value in self._patterns:
-                if pattern.matches_tail(path):
-                    return value
+            return pattern.matches_tail(path)
         except PatternError as error:
             raise AdapterError(f"{self._where} {error}", param=self._where) from error
-        return self._default
 
 
 def _compile(where: str, text: str, budget: StepBudget) -> PathPattern:

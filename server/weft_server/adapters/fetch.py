@@ -84,7 +84,7 @@ class AdapterFetcher:
         num_layers, shapes: the base that adapters must fit.
         dtype: of the arena.
         pin_memory: True for a CUDA arena.
-        num_threads: fetches that run at a time.
+        num_threads: fetches that run at a time; checks of uploads run beside them, one at a time.
     """
 
     def __init__(
@@ -104,15 +104,18 @@ class AdapterFetcher:
         self._shapes = dict(shapes)
         self._dtype = dtype
         self._pin_memory = pin_memory
-        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._fetches: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._checks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._fetched: SimpleQueue[FetchResult] = SimpleQueue()
         self._checked: SimpleQueue[CheckResult] = SimpleQueue()
         self._fetching: set[str] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        # Uploads are checked on a thread of their own: no request waits behind them for its adapter.
+        queues = [self._checks, *(self._fetches for _ in range(num_threads))]
         self._threads = [
-            threading.Thread(target=self._run, name=f"adapter-fetch-{i}", daemon=True)
-            for i in range(num_threads)
+            threading.Thread(target=self._run, args=(queue,), name=f"adapters-{i}", daemon=True)
+            for i, queue in enumerate(queues)
         ]
         for thread in self._threads:
             thread.start()
@@ -127,11 +130,15 @@ class AdapterFetcher:
             if adapter.digest in self._fetching:
                 return
             self._fetching.add(adapter.digest)
-        self._work.put(lambda: self._fetch(adapter))
+        self._fetches.put(lambda: self._fetch(adapter))
+
+    def has_image(self, digest: str) -> bool:
+        """Whether an adapter's image is in host memory now."""
+        return digest in self._cache
 
     def submit_check(self, check_id: str, config_blob: str, weights_blob: str) -> None:
         """Check an upload against the base without keeping it; its result comes from `checked`."""
-        self._work.put(lambda: self._check(check_id, config_blob, weights_blob))
+        self._checks.put(lambda: self._check(check_id, config_blob, weights_blob))
 
     def completed(self) -> list[FetchResult]:
         """Fetches that ended since the last call. Never blocks."""
@@ -144,18 +151,14 @@ class AdapterFetcher:
     def close(self) -> None:
         """Drop what has not begun and end the threads; blocks until what has begun is done."""
         self._closed.set()
-        for _ in self._threads:
-            self._work.put(None)
+        self._checks.put(None)
+        for _ in self._threads[1:]:
+            self._fetches.put(None)
         for thread in self._threads:
             thread.join()
 
-    @property
-    def closed(self) -> bool:
-        """True once `close` was called."""
-        return self._closed.is_set()
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
+    def _run(self, queue: SimpleQueue[Callable[[], None] | None]) -> None:
+        while (work := queue.get()) is not None:
             if not self._closed.is_set():
                 work()
 

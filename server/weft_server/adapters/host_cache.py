@@ -1,13 +1,13 @@
 """Adapter images in host memory, the tier between the device arena and the store.
 
-Owns which images stay: least recently used goes first, pinned ones never. Thread-safe, because fetches end on
+Owns which images stay: least recently used goes first. Thread-safe, because fetches end on
 their own threads. Knows neither devices nor stores.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 
 from weft_server.adapters.image import HostImage
 
@@ -19,7 +19,6 @@ class HostCache:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._images: OrderedDict[str, HostImage] = OrderedDict()
-        self._pins: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     @property
@@ -43,37 +42,19 @@ class HostCache:
             return image
 
     def put(self, image: HostImage) -> bool:
-        """Keep an image, evicting unpinned ones; False if there is no room beside the pinned ones."""
+        """Keep an image, evicting others; False if it is larger than the whole cache."""
         with self._lock:
             if image.digest in self._images:
                 self._images.move_to_end(image.digest)
                 return True
-            pinned = sum(held.nbytes for digest, held in self._images.items() if self._pins[digest])
-            if pinned + image.nbytes > self._max_bytes:
+            if image.nbytes > self._max_bytes:
                 return False
             self._evict_to(self._max_bytes - image.nbytes)
             self._images[image.digest] = image
             self._num_bytes += image.nbytes
             return True
 
-    def pin(self, digest: str) -> None:
-        """Keep an image until as many `unpin`s. Raises KeyError if it is not here."""
-        with self._lock:
-            if digest not in self._images:
-                raise KeyError(f"adapter {digest} is not in the host cache")
-            self._pins[digest] += 1
-
-    def unpin(self, digest: str) -> None:
-        """Undo one `pin`. Raises KeyError if there is none."""
-        with self._lock:
-            if not self._pins[digest]:
-                raise KeyError(f"adapter {digest} is not pinned")
-            self._pins[digest] -= 1
-            self._pins = +self._pins
-
     def _evict_to(self, max_bytes: int) -> None:
-        for digest in list(self._images):
-            if self._num_bytes <= max_bytes:
-                return
-            if not self._pins[digest]:
-                self._num_bytes -= self._images.pop(digest).nbytes
+        while self._num_bytes > max_bytes:
+            _, image = self._images.popitem(last=False)
+            self._num_bytes -= image.nbytes

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from weft_kernels.lora import ALIGNMENT
 from weft_server.adapters.paths import MODULE_GROUPS, MODULES, ModuleShapes
 
 __all__ = ["ALIGNMENT", "MAX_RANK", "MODULES", "AdapterLayout", "LayoutEntry", "ModuleShapes"]
 
-ALIGNMENT = 64
 MAX_RANK = 256
 
 

@@ -13,11 +13,15 @@ quantifiers and inline flags, which are refused by name. Knows nothing of adapte
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
 MAX_PATTERN_CHARS = 4096
 _MAX_DEPTH = 40
+_STEPS_BETWEEN_PAUSES = 2000
+_PAUSE_S = 2e-4
 _PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 _QUANTIFIER = re.compile(r"\{(?:([0-9]+)|([0-9]*),([0-9]*))\}")
 
@@ -27,17 +31,24 @@ class PatternError(ValueError):
 
 
 class StepBudget:
-    """Steps that matching may still take; several patterns may share one."""
+    """Steps that matching may still take; several patterns may share one.
 
-    def __init__(self, max_steps: int) -> None:
+    Between steps it pauses for a moment every millisecond or two, because matching holds the interpreter
+    lock, for which the engine's loop waits.
+    """
+
+    def __init__(self, max_steps: int, *, pause: Callable[[float], None] = time.sleep) -> None:
         self._max_steps = max_steps
         self._num_steps = 0
+        self._pause = pause
 
     def spend(self) -> None:
         """Take one step. Raises PatternError when none is left."""
         self._num_steps += 1
         if self._num_steps > self._max_steps:
             raise PatternError(f"takes more than {self._max_steps} steps to match; simplify the pattern")
+        if self._num_steps % _STEPS_BETWEEN_PAUSES == 0:
+            self._pause(_PAUSE_S)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

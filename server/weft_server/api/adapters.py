@@ -9,6 +9,7 @@ from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 
 from weft_server.api.dependencies import AppServices, CallerTenant, weft_body
 from weft_server.api.files import BYTES_PER_MB, attachment
+from weft_server.api.openapi import form_body, json_body
 from weft_server.api.queries import only_query
 from weft_server.api.schemas_adapters import LoadAdapterRequest, UnloadAdapterRequest, adapter_object
 from weft_server.api.streaming import json_response
@@ -18,12 +19,17 @@ from weft_server.service.adapters import CONFIG_FILE, WEIGHTS_FILE
 router = APIRouter(tags=["weft"])
 
 
-@router.post("/v1/adapters")
+@router.post("/v1/adapters", openapi_extra=form_body(texts=("name",), files=(CONFIG_FILE, WEIGHTS_FILE)))
 async def create_adapter(request: Request, services: AppServices, tenant: CallerTenant) -> Response:
     """Upload a PEFT adapter; a name that exists gets a new version."""
     max_bytes = services.settings.max_upload_mb * BYTES_PER_MB
     async with read_form(
-        request, texts=("name",), files=(CONFIG_FILE, WEIGHTS_FILE), max_bytes=max_bytes, is_openai=False
+        request,
+        texts=("name",),
+        files=(CONFIG_FILE, WEIGHTS_FILE),
+        folder=services.settings.upload_dir,
+        max_bytes=max_bytes,
+        is_openai=False,
     ) as form:
         adapter = await services.adapters.upload(
             tenant.name, form.texts["name"], form.files[CONFIG_FILE].file, form.files[WEIGHTS_FILE].file
@@ -70,7 +76,19 @@ async def download_adapter(
     )
 
 
-@router.post("/v1/load_lora_adapter")
+@router.post("/v1/adapters/{name}/pin", dependencies=[only_query()])
+async def pin_adapter(name: str, services: AppServices, tenant: CallerTenant) -> Response:
+    """Keep the newest version of an adapter on the device, now and after every new one."""
+    return json_response(adapter_object(await services.adapters.pins.pin(tenant.name, name)))
+
+
+@router.post("/v1/adapters/{name}/unpin", dependencies=[only_query()])
+async def unpin_adapter(name: str, services: AppServices, tenant: CallerTenant) -> Response:
+    """Let an adapter leave the device like any other."""
+    return json_response(adapter_object(await services.adapters.pins.unpin(tenant.name, name)))
+
+
+@router.post("/v1/load_lora_adapter", openapi_extra=json_body(LoadAdapterRequest))
 async def load_lora_adapter(
     services: AppServices,
     tenant: CallerTenant,
@@ -83,7 +101,7 @@ async def load_lora_adapter(
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter")
+@router.post("/v1/unload_lora_adapter", openapi_extra=json_body(UnloadAdapterRequest))
 async def unload_lora_adapter(
     services: AppServices,
     tenant: CallerTenant,

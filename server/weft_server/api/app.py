@@ -70,8 +70,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def _reload_tenants(services: Services) -> None:
     if services.tenants.reload():
-        weights = {tenant.name: tenant.weight for tenant in services.tenants.tenants}
-        services.engine.set_tenant_weights(weights)
+        services.engine.set_tenant_weights(services.tenants.weights)
+        services.engine.set_tenant_concurrency(services.tenants.max_concurrency)
 
 
 async def _client_disconnected(_request: Request, _error: Exception) -> Response:

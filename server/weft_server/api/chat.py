@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from weft_server.api.dependencies import AppServices, CallerTenant, openai_body
+from weft_server.api.openapi import json_body
 from weft_server.api.schemas_generation import CHAT_NEUTRAL, ChatRequest
 from weft_server.api.streaming import event, event_stream, json_response, unless_disconnected
 from weft_server.api.usage import system_fingerprint, usage
@@ -22,7 +23,7 @@ from weft_server.service.generation import Generation, GenerationService
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest))
 async def create_chat_completion(
     request: Request,
     services: AppServices,
@@ -38,6 +39,7 @@ async def create_chat_completion(
         body.sampling(max_tokens=_max_tokens(body), logprobs=_num_logprobs(body)),
         num_choices=num_choices,
         template_variables=body.chat_template_kwargs,
+        request_class=body.request_class(request.state.arrived_s),
     )
     head = {
         "id": generation.id,
@@ -45,11 +47,17 @@ async def create_chat_completion(
         "created": int(time.time()),
         "model": body.model,
         "system_fingerprint": system_fingerprint(services.engine.info),
+        "service_tier": generation.request_class.tier,
     }
     if body.stream:
-        return await event_stream(request, _events(services.generation, generation, head, body))
+        return await event_stream(
+            request,
+            _events(services.generation, generation, head, body),
+            on_begin=lambda: services.generation.response_began(generation),
+        )
     choices = await unless_disconnected(request, services.generation.collect(generation))
     num_tokens = sum(choice.num_tokens for choice in choices)
+    num_cached = generation.num_cached_tokens({choice.idx: choice.num_cached_tokens for choice in choices})
     return json_response(
         {
             **head,
@@ -62,7 +70,7 @@ async def create_chat_completion(
                 }
                 for choice in choices
             ],
-            "usage": usage(generation.num_prompt_tokens, num_tokens),
+            "usage": usage(generation.num_prompt_tokens, num_tokens, num_cached),
         }
     )
 
@@ -74,9 +82,12 @@ async def _events(
         head = {**head, "usage": None}
     started: set[int] = set()
     num_tokens = 0
+    cached: dict[int, int] = {}
     async with aclosing(service.stream(generation)) as outputs:
         async for output in outputs:
             num_tokens += output.num_tokens
+            if output.num_cached_tokens is not None:
+                cached[output.idx] = output.num_cached_tokens
             if output.idx not in started:
                 started.add(output.idx)
                 yield event({**head, "choices": [_chunk(output.idx, {"role": "assistant", "content": ""})]})
@@ -87,7 +98,9 @@ async def _events(
             if output.finish_reason is not None:
                 yield event({**head, "choices": [_chunk(output.idx, {}, output.finish_reason)]})
     if body.include_usage:
-        yield event({**head, "choices": [], "usage": usage(generation.num_prompt_tokens, num_tokens)})
+        num_cached = generation.num_cached_tokens(cached)
+        counts = usage(generation.num_prompt_tokens, num_tokens, num_cached)
+        yield event({**head, "choices": [], "usage": counts})
 
 
 def _chunk(

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from weft_server.api.dependencies import AppServices, CallerTenant, openai_body
+from weft_server.api.openapi import json_body
 from weft_server.api.schemas_generation import COMPLETION_NEUTRAL, CompletionRequest
 from weft_server.api.streaming import event, event_stream, json_response, unless_disconnected
 from weft_server.api.usage import system_fingerprint, usage
@@ -21,7 +22,7 @@ from weft_server.service.generation import Generation, GenerationService
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
 async def create_completion(
     request: Request,
     services: AppServices,
@@ -37,6 +38,7 @@ async def create_completion(
         body.sampling(max_tokens=body.max_tokens, logprobs=body.logprobs),
         num_choices=num_choices,
         echo=bool(body.echo),
+        request_class=body.request_class(request.state.arrived_s),
     )
     head = {
         "id": generation.id,
@@ -44,11 +46,17 @@ async def create_completion(
         "created": int(time.time()),
         "model": body.model,
         "system_fingerprint": system_fingerprint(services.engine.info),
+        "service_tier": generation.request_class.tier,
     }
     if body.stream:
-        return await event_stream(request, _events(services.generation, generation, head, body))
+        return await event_stream(
+            request,
+            _events(services.generation, generation, head, body),
+            on_begin=lambda: services.generation.response_began(generation),
+        )
     choices = await unless_disconnected(request, services.generation.collect(generation))
     num_tokens = sum(choice.num_tokens for choice in choices)
+    num_cached = generation.num_cached_tokens({choice.idx: choice.num_cached_tokens for choice in choices})
     return json_response(
         {
             **head,
@@ -56,7 +64,7 @@ async def create_completion(
                 _choice(choice.idx, choice.text, choice.tokens, choice.finish_reason, body)
                 for choice in choices
             ],
-            "usage": usage(generation.num_prompt_tokens, num_tokens),
+            "usage": usage(generation.num_prompt_tokens, num_tokens, num_cached),
         }
     )
 
@@ -67,14 +75,19 @@ async def _events(
     if body.include_usage:
         head = {**head, "usage": None}
     num_tokens = 0
+    cached: dict[int, int] = {}
     async with aclosing(service.stream(generation)) as outputs:
         async for output in outputs:
             num_tokens += output.num_tokens
+            if output.num_cached_tokens is not None:
+                cached[output.idx] = output.num_cached_tokens
             if output.text or output.tokens or output.finish_reason is not None:
                 choice = _choice(output.idx, output.text, output.tokens, output.finish_reason, body)
                 yield event({**head, "choices": [choice]})
     if body.include_usage:
-        yield event({**head, "choices": [], "usage": usage(generation.num_prompt_tokens, num_tokens)})
+        num_cached = generation.num_cached_tokens(cached)
+        counts = usage(generation.num_prompt_tokens, num_tokens, num_cached)
+        yield event({**head, "choices": [], "usage": counts})
 
 
 def _num_choices(body: CompletionRequest) -> int:

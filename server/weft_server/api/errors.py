@@ -14,7 +14,9 @@ from starlette.exceptions import HTTPException
 
 from weft_server.api.bodies import field_path
 from weft_server.errors import (
+    Conflict,
     DeadlineExceeded,
+    EngineCrashed,
     Internal,
     InvalidRequest,
     NotFound,
@@ -40,7 +42,8 @@ def error_headers(error: WeftError) -> dict[str, str]:
         retry_after_s = DEFAULT_RETRY_AFTER_S
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, -int(-retry_after_s // 1)))
-    if isinstance(error, DeadlineExceeded):
+    if isinstance(error, DeadlineExceeded | Conflict | EngineCrashed):
+        # Without this, OpenAI's SDK would try them again.
         headers["x-should-retry"] = "false"
     if isinstance(error, Unauthenticated):
         headers["www-authenticate"] = "Bearer"

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
 from weft_server.api.dependencies import AppServices, CallerTenant
+from weft_server.api.openapi import form_body
 from weft_server.api.queries import only_query
 from weft_server.api.schemas_files import file_object
 from weft_server.api.streaming import json_response
@@ -20,12 +21,18 @@ router = APIRouter(tags=["openai"])
 BYTES_PER_MB = 1 << 20
 
 
-@router.post("/v1/files")
+@router.post("/v1/files", openapi_extra=form_body(texts=("purpose",), files=("file",)))
 async def create_file(request: Request, services: AppServices, tenant: CallerTenant) -> Response:
     """Upload a training file."""
     max_bytes = services.settings.max_upload_mb * BYTES_PER_MB
     async with read_form(
-        request, texts=("purpose",), files=("file",), max_bytes=max_bytes, is_openai=True
+        request,
+        texts=("purpose",),
+        files=("file",),
+        folder=services.settings.upload_dir,
+        max_bytes=max_bytes,
+        is_openai=True,
+        unsupported=("expires_after",),
     ) as form:
         purpose = form.texts["purpose"]
         check_purpose(purpose)

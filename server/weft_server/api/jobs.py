@@ -9,8 +9,9 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
 from weft_server.api.dependencies import AppServices, CallerTenant
+from weft_server.api.openapi import json_body
 from weft_server.api.queries import only_query
-from weft_server.api.schemas_jobs import event_object, job_object, read_new_job
+from weft_server.api.schemas_jobs import JobBody, event_object, job_object, read_new_job
 from weft_server.api.streaming import json_response
 from weft_server.errors import InvalidRequest
 from weft_server.service.jobs import NewJob
@@ -23,7 +24,7 @@ _METADATA_FILTER = re.compile(r"metadata\[(?P<key>.{1,64})\]")
 _Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
 
 
-@router.post("/v1/fine_tuning/jobs")
+@router.post("/v1/fine_tuning/jobs", openapi_extra=json_body(JobBody))
 async def create_job(
     services: AppServices, tenant: CallerTenant, body: Annotated[NewJob, Depends(read_new_job)]
 ) -> Response:

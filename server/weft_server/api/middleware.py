@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class RequestMiddleware:
-    """Sets `x-request-id` (the caller's, if it is sane) on every response; turns exceptions into a 500."""
+    """Sets `x-request-id` (the caller's, if it is sane) on every response; turns exceptions into a 500.
+
+    Routes find the time of arrival in `request.state.arrived_s`, on the monotonic clock.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -38,6 +41,7 @@ class RequestMiddleware:
         request_id = given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         status: int | None = None
         start_s = time.monotonic()
+        scope.setdefault("state", {})["arrived_s"] = start_s
 
         async def send_with_id(message: Message) -> None:
             nonlocal status

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import Response
 
-from weft_server.api.dependencies import AppServices, admin_tenant
+from weft_server.api.dependencies import AdminTenant, AppServices
 from weft_server.api.streaming import json_response
 from weft_server.errors import Unavailable
 from weft_server.metrics import METRICS_CONTENT_TYPE
-from weft_server.service.tenants import Tenant
 
 router = APIRouter(tags=["operations"])
 
@@ -44,6 +41,6 @@ async def ready(services: AppServices) -> Response:
 
 
 @router.get("/metrics")
-async def metrics(services: AppServices, _admin: Annotated[Tenant, Depends(admin_tenant)]) -> Response:
+async def metrics(services: AppServices, _admin: AdminTenant) -> Response:
     """Prometheus' text format; needs an admin key when keys are configured."""
     return Response(services.metrics.render(), headers={"content-type": METRICS_CONTENT_TYPE})

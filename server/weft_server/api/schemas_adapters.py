@@ -37,6 +37,7 @@ def adapter_object(adapter: Adapter) -> dict[str, Any]:
         "name": adapter.name,
         "created_at": adapter.created_at,
         "newest": adapter.newest.number,
+        "pinned": adapter.pinned,
         "versions": [_version(adapter.name, version) for version in adapter.versions],
     }
 

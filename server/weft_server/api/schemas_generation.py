@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from weft_server.protocol import Tier
+from weft_server.service.request_class import RequestClass
 from weft_server.service.sampling import SamplingRequest
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+MAX_TIMEOUT_S = 86_400
 
 _Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
@@ -53,6 +56,20 @@ class SamplingFields(BaseModel):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
+    service_tier: str | None = None
+
+    @field_validator("service_tier")
+    @classmethod
+    def _check_service_tier(cls, value: str | None) -> str | None:
+        if value in ("priority", "scale"):
+            raise PydanticCustomError(
+                "unsupported_parameter", "Weft has the tiers 'default' (also 'auto') and 'flex'"
+            )
+        if value not in (None, "auto", "default", "flex"):
+            raise ValueError("Must be 'auto', 'default' or 'flex'")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -88,6 +105,11 @@ class SamplingFields(BaseModel):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    def request_class(self, arrived_s: float) -> RequestClass:
+        """The service's value of `service_tier`, `priority` and `timeout`, for a request of that time."""
+        tier: Tier = "flex" if self.service_tier == "flex" else "default"
+        return RequestClass(tier, self.priority or 0, self.timeout, arrived_s)
+
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingRequest:
         """The service's value of these fields."""
         return SamplingRequest(
@@ -117,7 +139,9 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
-    @field_validator("prompt", mode="before")
+    @field_validator(
+        "prompt", mode="before", json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    )
     @classmethod
     def _check_prompt(cls, value: Any) -> Any:
         if isinstance(value, str) or _is_id_list(value):
@@ -135,32 +159,53 @@ class CompletionRequest(SamplingFields):
         return list(self.prompt)
 
 
+def _only_empty(value: Any) -> None:
+    if value not in (None, [], {}, ""):
+        raise PydanticCustomError(
+            "unsupported_parameter",
+            "It would change the result, and Weft does not implement it; leave it out",
+        )
+
+
+_Unused = Annotated[None, BeforeValidator(_only_empty)]
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
 class ChatMessage(BaseModel):
     """A message. What an earlier answer's message carries besides its content is accepted when empty."""
 
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
+    tool_calls: _Unused = None
+    tool_call_id: _Unused = None
+    function_call: _Unused = None
+    refusal: _Unused = None
+    audio: _Unused = None
+    annotations: _Unused = None
+    reasoning_content: _Unused = None
     content: str
     name: str | None = None
 
-    @model_validator(mode="before")
+    @field_validator("role", mode="before")
     @classmethod
-    def _drop_empty(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        idle = (
-            "refusal",
-            "audio",
-            "function_call",
-            "tool_calls",
-            "annotations",
-            "tool_call_id",
-            "reasoning_content",
-        )
-        return {key: entry for key, entry in value.items() if not (key in idle and entry in (None, [], ""))}
+    def _refuse_tools(cls, value: Any) -> Any:
+        if value in ("tool", "function"):
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "Weft does not implement tools; the roles are system, developer, user and assistant",
+            )
+        return value
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart])
     @classmethod
     def _join_text_parts(cls, value: Any) -> Any:
         """Content given in parts is their text, on lines of their own, as vLLM joins them."""
@@ -197,7 +242,8 @@ def _part_text(part: Any) -> str:
 
 
 def _is_id_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(entry) is int for entry in value)
+    # Millions of ids may come in a body, and this runs on the event loop.
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _any(_value: Any) -> bool:
@@ -223,7 +269,6 @@ _COMMON_NEUTRAL = {
     "user": _any,
     "metadata": _any,
     "safety_identifier": _any,
-    "service_tier": _any,
     "prompt_cache_key": _any,
     "prompt_cache_retention": _any,
     "prompt_cache_options": _any,
@@ -241,7 +286,6 @@ _COMMON_NEUTRAL = {
     "guided_regex": _NEVER,
     "guided_choice": _NEVER,
     "guided_grammar": _NEVER,
-    "priority": _is(0),
     "cache_salt": _NEVER,
     "return_token_ids": _is(False),
     "return_tokens_as_token_ids": _is(False),

@@ -12,6 +12,7 @@ from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from weft_server.api.bodies import NeutralValues, invalid_body, read_json_object, strip_unsupported
+from weft_server.api.idempotency import idempotency_key
 from weft_server.errors import InvalidRequest
 from weft_server.protocol import LrScheduler
 from weft_server.service.hyperparameters import (
@@ -33,8 +34,11 @@ def _auto_is_none(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-_AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none)]
-_AutoFloat = Annotated[float | None, BeforeValidator(_auto_is_none)]
+_Auto = Literal["auto"]
+_AutoInt = Annotated[int | None, BeforeValidator(_auto_is_none, json_schema_input_type=int | _Auto | None)]
+_AutoFloat = Annotated[
+    float | None, BeforeValidator(_auto_is_none, json_schema_input_type=float | _Auto | None)
+]
 
 
 class _Strict(BaseModel):
@@ -93,7 +97,9 @@ class LoraOptions(_Strict):
     target_modules: list[str] | None = None
     use_rslora: bool | None = None
 
-    @field_validator("target_modules", mode="before")
+    @field_validator(
+        "target_modules", mode="before", json_schema_input_type=Literal["all-linear"] | list[str] | None
+    )
     @classmethod
     def _check_target_modules(cls, value: Any) -> Any:
         if value == "all-linear":
@@ -119,6 +125,12 @@ class WeftOptions(_Strict):
     max_steps: int | None = None
 
 
+class JobBody(CreateJobRequest):
+    """POST /v1/fine_tuning/jobs as a whole; its two parts are read apart because their errors differ."""
+
+    weft: WeftOptions | None = None
+
+
 def _never(_value: Any) -> bool:
     return False
 
@@ -133,6 +145,7 @@ _NEUTRAL: NeutralValues = {"validation_file": _never, "integrations": _is_empty_
 async def read_new_job(request: Request) -> NewJob:
     """The body of POST /v1/fine_tuning/jobs: 400 for what is wrong in OpenAI's fields, 422 inside `weft`."""
     body = await read_json_object(request)
+    idempotency = idempotency_key(request, "fine_tuning.job", body)
     weft = body.pop("weft", None)
     options = _validated(WeftOptions, {} if weft is None else weft, status=422, prefix=("weft",))
     _refuse_other_methods(body.get("method"))
@@ -144,6 +157,7 @@ async def read_new_job(request: Request) -> NewJob:
         adapter_name=options.adapter_name,
         metadata=openai.metadata,
         hyperparameters=_hyperparameters(openai, options),
+        idempotency=idempotency,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -68,6 +68,7 @@ async def event_stream(
     request: Request,
     events: AsyncGenerator[bytes, None],
     *,
+    on_begin: Callable[[], None],
     patience_s: float = 10.0,
     keep_alive_s: float = 15.0,
 ) -> Response:
@@ -75,6 +76,7 @@ async def event_stream(
 
     The first event is awaited for up to `patience_s`, so that what fails before it fails with its own HTTP
     status. A later failure is an event `{"error": …}`. Silence is bridged by a comment every `keep_alive_s`.
+    `on_begin` is called when that patience ends and the 200 is about to be sent.
 
     Raises:
         WeftError: raised by `events` before the first event, within `patience_s`.
@@ -92,6 +94,7 @@ async def event_stream(
         await _cancel(first, gone)
         await events.aclose()
         raise
+    on_begin()
     return _EventStream(events, first, gone, keep_alive_s)
 
 

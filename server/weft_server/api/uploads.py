@@ -1,4 +1,4 @@
-"""Multipart uploads: parsed as they arrive, spooled to disk, and bounded.
+"""Multipart uploads: parsed as they arrive, spooled to a folder of the caller's, and bounded.
 
 Knows forms and limits; knows nothing of what is uploaded.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from weft_server.errors import InvalidRequest, TooLarge, Unavailable, Unprocessable, WeftError
@@ -29,9 +31,35 @@ class Form:
     files: dict[str, UploadFile]
 
 
+class _Parser(MultiPartParser):
+    """Starlette's, which knows no folder but the system's temporary one."""
+
+    def __init__(
+        self, headers: Headers, stream: AsyncGenerator[bytes, None], folder: Path, **limits: int
+    ) -> None:
+        super().__init__(headers, stream, **limits)
+        self._folder = folder
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        upload = self._current_part.file
+        if upload is not None:
+            # Nothing has been written to the one it replaces, so that one is not on any disk.
+            upload.file.close()
+            spooled: Any = SpooledTemporaryFile(max_size=self.spool_max_size, dir=str(self._folder))  # noqa: SIM115
+            self._files_to_close_on_error[-1] = upload.file = spooled
+
+
 @asynccontextmanager
 async def read_form(
-    request: Request, *, texts: Sequence[str], files: Sequence[str], max_bytes: int, is_openai: bool
+    request: Request,
+    *,
+    texts: Sequence[str],
+    files: Sequence[str],
+    folder: Path,
+    max_bytes: int,
+    is_openai: bool,
+    unsupported: Sequence[str] = (),
 ) -> AsyncIterator[Form]:
     """Read a multipart body that consists of exactly these fields, each once.
 
@@ -39,44 +67,58 @@ async def read_form(
         request: its body must not have been read.
         texts: names of the text fields.
         files: names of the file fields.
+        folder: where files larger than a megabyte lie meanwhile, without names; created if absent.
         max_bytes: limit for all files together.
         is_openai: whose object it is: errors in OpenAI's are 400, in Weft's own 422.
+        unsupported: names of known fields that are not implemented; so are their parts, `name[part]`.
 
     Raises:
         InvalidRequest: not multipart, malformed, or (OpenAI's) a field is missing, repeated or unknown.
         Unprocessable: (Weft's) a field is missing, repeated or unknown.
         TooLarge: the body exceeds the limit.
-        Unavailable: the disk of the temporary folder is full.
+        Unavailable: the folder cannot be written, or its disk is full.
     """
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise InvalidRequest("The body must be multipart/form-data.", code="invalid_content_type")
-    parser = MultiPartParser(
+    parser = _Parser(
         request.headers,
         _limited(request, max_bytes),
+        folder,
         max_files=len(files) + 1,
         max_fields=len(texts) + 16,
         max_part_size=_MAX_TEXT_BYTES,
     )
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         data = await parser.parse()
     except (MultiPartException, KeyError) as error:
-        reason = error.message if isinstance(error, MultiPartException) else f"it has no {error}"
         raise InvalidRequest(
-            f"The multipart body cannot be read: {reason}.", code="invalid_multipart"
+            f"The multipart body cannot be read: {_reason(error)}.", code="invalid_multipart"
         ) from None
     except OSError as error:
         raise Unavailable(
             f"The upload cannot be kept while it arrives: {error.strerror or error}. Try again when the "
-            "server's temporary folder has room.",
+            "disk of the server's --data-dir has room.",
             retry_after_s=5.0,
         ) from error
     try:
+        _refuse_unsupported(data.multi_items(), unsupported)
         form = _sorted(data.multi_items(), texts, files, is_openai=is_openai)
         if sum(file.size or 0 for file in form.files.values()) > max_bytes:
             raise _too_large(max_bytes)
         yield form
     finally:
         await data.close()
+
+
+def _reason(error: MultiPartException | KeyError) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    # What the parser found wrong is the cause of the exception that reports it.
+    reason = str(error.__cause__ or error.message).rstrip(".")
+    if reason == "Maximum header size exceeded":
+        return "a part's header, which holds the names of field and file, is too long; shorten the filename"
+    return reason
 
 
 async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
@@ -94,6 +136,16 @@ async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
             break
     if num_bytes > limit:
         raise _too_large(max_bytes)
+
+
+def _refuse_unsupported(items: Sequence[tuple[str, Any]], unsupported: Sequence[str]) -> None:
+    for name, _ in items:
+        if name.partition("[")[0] in unsupported:
+            raise InvalidRequest(
+                f"Unsupported parameter: '{name}' is not implemented by Weft. Leave it out.",
+                param=name,
+                code="unsupported_parameter",
+            )
 
 
 def _sorted(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from weft_server.protocol import EngineReady
 
 
-def usage(num_prompt: int, num_completion: int) -> dict[str, int]:
-    """OpenAI's `usage`. Prompt tokens are counted once per prompt, generated ones over all choices."""
+def usage(num_prompt: int, num_completion: int, num_cached: int) -> dict[str, Any]:
+    """OpenAI's `usage`. Prompt tokens are counted once per prompt, generated ones over all choices.
+
+    `num_cached` of the prompt tokens were in the prefix cache.
+    """
     return {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }
 
 

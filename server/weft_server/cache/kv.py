@@ -31,6 +31,12 @@ class KvCache:
         """Bytes that one cached token takes over all layers."""
         return 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
 
+    @property
+    def bytes_per_layer_token(self) -> int:
+        """Bytes that one cached token takes in one layer."""
+        keys = self.keys[0]
+        return 2 * keys.shape[2] * keys.shape[3] * keys.element_size()
+
     def write(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
         """Store `[T, Hkv, D]` keys and values at `slot_mapping` `[T]` (block id · block size + offset)."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, k)

@@ -106,9 +106,11 @@ def _job_panel(job: Job, colour: str) -> Panel:
     bar = Table.grid(expand=True)
     bar.add_row(ProgressBar(total=total, completed=job.step, complete_style=colour))
     lines.append(bar)
-    loss = f"{job.losses[0]:.2f} → {job.losses[-1]:.3f}" if job.losses else "–"
     lines.append(
-        Text(f"step {job.step}/{job.total_steps or '?'}   loss {loss}   {job.tokens_per_second:.0f} tok/s")
+        Text(
+            f"step {job.step}/{job.total_steps or '?'}   loss {_loss_of(job)}   "
+            f"{job.tokens_per_second:.0f} tok/s"
+        )
     )
     lines.append(Text(sparkline(job.losses, 44), style=colour))
     before, after = _share(job.exact_match_before), _share(job.exact_match_after)
@@ -134,37 +136,34 @@ def _speed_panel(state: DemoState) -> Panel:
 
 
 def _matches_table(state: DemoState) -> Table:
+    """One column a job, so that names stay whole on a narrow terminal."""
     table = Table(title="Finetuned while serving", box=SIMPLE_HEAD, title_justify="left")
-    for name in (
-        "tenant",
-        "task",
-        "exact match before",
-        "after",
-        "loss",
-        "trained tokens",
-        "seconds",
-        "model",
-    ):
-        table.add_column(name, justify="left" if name in ("tenant", "task", "model") else "right")
+    table.add_column("")
     for job in state.jobs:
-        seconds = (job.finished_s or 0.0) - (job.started_s or 0.0)
-        table.add_row(
-            job.tenant,
-            job.task,
-            _share(job.exact_match_before),
-            _share(job.exact_match_after),
-            f"{job.losses[0]:.2f} → {job.losses[-1]:.3f}" if job.losses else "–",
-            f"{job.trained_tokens:,}",
-            f"{seconds:.0f}" if job.finished_s else "–",
-            job.model or job.error or job.status,
-        )
+        table.add_column(job.tenant, overflow="fold")
+    jobs = state.jobs
+    table.add_row("task", *(job.task for job in jobs))
+    table.add_row("exact match before", *(_share(job.exact_match_before) for job in jobs))
+    table.add_row("exact match after", *(_share(job.exact_match_after) for job in jobs))
+    table.add_row("loss", *map(_loss_of, jobs))
+    table.add_row("trained tokens", *(f"{job.trained_tokens:,}" for job in jobs))
+    table.add_row("seconds", *map(_seconds_of, jobs))
+    table.add_row("model", *(job.model or job.error or job.status for job in jobs))
     return table
+
+
+def _loss_of(job: Job) -> str:
+    return f"{job.losses[0]:.2f} → {job.losses[-1]:.3f}" if job.losses else "–"
+
+
+def _seconds_of(job: Job) -> str:
+    return f"{(job.finished_s or 0.0) - (job.started_s or 0.0):.0f}" if job.finished_s else "–"
 
 
 def _latency_table(state: DemoState) -> Table:
     table = Table(title="Generation of the two published adapters", box=SIMPLE_HEAD, title_justify="left")
     for name in ("", "p50 ms/token", "p95 ms/token", "generated tok/s", "trained tok/s"):
-        table.add_column(name, justify="right" if name else "left")
+        table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for name, phase, trained in (
         ("alone", state.alone, 0),
         ("while two jobs train", state.beside_training, state.num_trained_tokens),

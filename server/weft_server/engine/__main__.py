@@ -3,6 +3,7 @@ torch."""
 
 import os
 import sys
+import traceback
 
 # The API process always runs beside the engine. Threads that spin while they wait then stall one another
 # (`docs/decisions.md`, "OpenMP threads").
@@ -10,8 +11,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from weft_server.engine.process import main
 
-status = main()
-sys.stdout.flush()
-sys.stderr.flush()
-# Everything is saved and sent. Running the interpreter's finalizers beside live native threads can abort.
-os._exit(status)
+status = 1
+try:
+    status = main()
+except BaseException:
+    traceback.print_exc()
+finally:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything that can be is saved and sent. The interpreter's own end would wait for threads that wait for
+    # the store, and running its finalizers beside live native threads can abort.
+    os._exit(status)

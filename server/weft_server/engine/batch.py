@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 
-from weft_kernels.attention import AttentionBatch, AttentionChunk, make_chunk
+from weft_kernels.attention import AttentionBatch, make_buckets, make_chunk
 from weft_kernels.lora import LoraBatch
+from weft_kernels.transfer import upload_indices
 from weft_scheduler.plan import Segment, SegmentKind
 from weft_server.engine.sequence import Sequence as GeneratedSequence
 from weft_server.model.batch import TokenBatch
@@ -58,20 +58,24 @@ def build_batch(
     packs: Mapping[str, Pack],
     *,
     block_size: int,
+    max_gathered_keys: int,
     device: torch.device,
 ) -> FlatBatch:
-    """Lay a plan's segments out as one flat batch on `device`."""
+    """Lay a plan's segments out as one flat batch on `device`; `max_gathered_keys` bounds what one attention
+    call over decode rows gathers."""
     placed = _place(segments)
     decode = [p for p in placed if p.segment.kind is SegmentKind.DECODE]
     others = placed[len(decode) :]
     token_ids: list[Tensor] = [torch.zeros(len(decode), dtype=torch.int64, device=device)]
-    positions: list[Tensor] = [_tensor([p.segment.start for p in decode], device)]
-    slots: list[Tensor] = [_tensor([_slot(p.segment, p.segment.start, block_size) for p in decode], device)]
+    positions: list[Tensor] = [upload_indices([p.segment.start for p in decode], device)]
+    slots: list[Tensor] = [
+        upload_indices([_slot(p.segment, p.segment.start, block_size) for p in decode], device)
+    ]
     chunks, spans = [], []
     for item in others:
         segment = item.segment
         first, end = segment.start, segment.start + segment.num_tokens
-        table = _tensor(segment.block_ids, device)
+        table = upload_indices(segment.block_ids, device)
         tokens = torch.arange(first, end, device=device)
         slots.append(table[tokens // block_size] * block_size + tokens % block_size)
         if segment.kind is SegmentKind.TRAIN:
@@ -81,7 +85,7 @@ def build_batch(
             chunks += [c.chunk for c in pack.chunks(first, end, item.row, table, block_size)]
             spans.append((pack, first, end))
         else:
-            token_ids.append(_tensor(sequences[segment.sequence_id].tokens(first, end), device))
+            token_ids.append(upload_indices(sequences[segment.sequence_id].tokens(first, end), device))
             positions.append(tokens)
             chunks.append(make_chunk(item.row, segment.num_tokens, 0, end, table, block_size))
     num_rows = placed[-1].rows.stop if placed else 0
@@ -92,7 +96,15 @@ def build_batch(
         tokens=TokenBatch(
             positions=torch.cat(positions),
             slot_mapping=torch.cat(slots),
-            attention=_attention([p.segment for p in decode], chunks, device),
+            attention=AttentionBatch(
+                make_buckets(
+                    [p.segment.block_ids for p in decode],
+                    [p.segment.start + 1 for p in decode],
+                    device,
+                    max_keys=max_gathered_keys,
+                ),
+                chunks,
+            ),
             lora=LoraBatch.build([(slot, row, n) for slot, row, n in runs if slot is not None], device),
             dropout=training_dropout(spans, num_rows - num_trained, num_rows, device),
         ),
@@ -112,28 +124,5 @@ def _place(segments: Sequence[Segment]) -> list[PlacedSegment]:
     return placed
 
 
-def _attention(
-    decode: Sequence[Segment], chunks: Sequence[AttentionChunk], device: torch.device
-) -> AttentionBatch:
-    """Tables of unequal length are padded with the sequence's own first block: no row reads another's
-    memory."""
-    width = max((len(segment.block_ids) for segment in decode), default=0)
-    tables = chain.from_iterable(
-        (*s.block_ids, *(s.block_ids[0],) * (width - len(s.block_ids))) for s in decode
-    )
-    return AttentionBatch(
-        num_decode=len(decode),
-        decode_block_tables=_tensor(list(tables), device).view(len(decode), width),
-        decode_lengths=_tensor([segment.start + 1 for segment in decode], device),
-        chunks=tuple(chunks),
-    )
-
-
 def _slot(segment: Segment, position: int, block_size: int) -> int:
     return segment.block_ids[position // block_size] * block_size + position % block_size
-
-
-def _tensor(values: Sequence[int], device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return torch.tensor(values, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
-    return torch.tensor(values, dtype=torch.int64)

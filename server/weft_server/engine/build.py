@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +31,9 @@ from weft_server.engine.engine import Engine
 from weft_server.engine.jobs import BaseFacts, BlobIO, JobManager
 from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
-from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes
+from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes, use_device
+from weft_server.engine.warmup import warm_up
+from weft_server.errors import ConfigError
 from weft_server.model.config import ModelConfig
 from weft_server.model.decoder import Decoder
 from weft_server.model.fingerprint import base_fingerprint
@@ -41,6 +44,8 @@ from weft_server.protocol import EngineReady
 log = logging.getLogger(__name__)
 
 _HOST_CACHE_BYTES = 2 << 30
+_PINNED_FILL = 15 / 16
+"""Part of the pinned adapters' region that is offered: the rest is for the alignment of their tensors."""
 _DEFAULT_TTFT_S = {"cuda": 2.0, "cpu": 5.0}
 _DEFAULT_CUDA_TPOT_S = 0.050
 _CPU_TPOT_FACTOR = 2.0
@@ -59,12 +64,13 @@ class BuiltEngine:
 def build_engine(
     config: EngineConfig, blobs: BlobIO, *, record_plan: Callable[[list[str]], None] | None = None
 ) -> BuiltEngine:
-    """Load the base, size everything, calibrate, and wire.
+    """Load the base, size everything, calibrate, and wire; the calling thread must be the one that steps.
 
     Raises:
         WeftError: a bad model directory, or sizes that cannot be honoured.
     """
     device = choose_device(config.device)
+    use_device(device)
     dtype = choose_dtype(config.dtype, device)
     path = Path(config.model_dir)
     model = ModelConfig.from_directory(path)
@@ -110,32 +116,36 @@ def assemble_engine(
     sizes = sizes or choose_sizes(config, weights)
     limits, model, device = sizes.limits, weights.config, weights.device
     decoder = Decoder(weights, max_positions=limits.max_model_len)
-    cache = KvCache(
-        num_layers=model.num_layers,
-        num_blocks=limits.num_blocks,
-        block_size=limits.block_size,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        dtype=weights.dtype,
-        device=device,
-    )
-    arena = AdapterArena(
-        limits.arena_elements,
-        limits.num_adapter_slots,
-        model.num_layers,
-        dtype=weights.dtype,
-        device=device,
-    )
+    with _allocating("--kv-cache-tokens", limits.capacity_tokens):
+        cache = KvCache(
+            num_layers=model.num_layers,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=weights.dtype,
+            device=device,
+        )
+    with _allocating("--adapter-arena-mb", limits.arena_elements * weights.dtype.itemsize >> 20):
+        arena = AdapterArena(
+            limits.arena_elements,
+            limits.num_adapter_slots,
+            model.num_layers,
+            dtype=weights.dtype,
+            device=device,
+        )
     runner = Runner(
         decoder, cache, arena.table, max_num_seqs=limits.max_num_seqs, window_tokens=limits.window_tokens
     )
-    calibration = calibrate(runner, limits)
+    warm_up(decoder, arena)
+    calibration = calibrate(runner, limits, arena, model.module_shapes)
     targets = _targets(config, device, calibration.unloaded_decode_s)
     cost = CostModel()
     cost.calibrate(calibration.samples)
-    scheduler = Scheduler(limits, cost, targets, policy=policy)
+    scheduler = Scheduler(limits, cost, targets, policy=policy, flex_targets=_flex_targets(config, targets))
     for tenant, weight in (config.tenant_weights or {}).items():
         scheduler.set_weight(tenant, weight)
+    scheduler.set_max_concurrency(config.tenant_max_concurrency or {})
     shapes = model.module_shapes
     fetcher = AdapterFetcher(
         blobs.read,
@@ -163,6 +173,7 @@ def assemble_engine(
         fetcher=fetcher,
         jobs=jobs,
         pipeline_depth=sizes.pipeline_depth,
+        prefix_cache=config.prefix_cache,
         record_plan=record_plan,
         clock=clock,
     )
@@ -173,7 +184,19 @@ def assemble_engine(
         device=str(device),
         max_pack_tokens=sizes.max_pack_tokens,
     )
-    return BuiltEngine(engine, _announcement(weights, sizes, targets, base_fingerprint), describe_device)
+    announcement = _announcement(weights, sizes, targets, scheduler, base_fingerprint)
+    return BuiltEngine(engine, announcement, describe_device)
+
+
+@contextmanager
+def _allocating(flag: str, size: int) -> Iterator[None]:
+    """Free memory is no promise (fragments, limits of the process): say which size asked for too much."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"{flag} is {size}, and that much memory cannot be allocated; give a smaller {flag}. ({error})"
+        ) from error
 
 
 def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: float) -> LatencyTargets:
@@ -192,8 +215,22 @@ def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: floa
     )
 
 
+def _flex_targets(config: EngineConfig, targets: LatencyTargets) -> LatencyTargets:
+    """Those of the default class, relaxed, where the flex class has none of its own."""
+    relaxed = targets.relaxed()
+    if config.flex_tpot_slo_ms is not None:
+        relaxed = replace(relaxed, tpot_s=config.flex_tpot_slo_ms / 1000, unloaded_factor=None)
+    if config.flex_ttft_slo_ms is not None:
+        relaxed = replace(relaxed, ttft_s=config.flex_ttft_slo_ms / 1000)
+    return relaxed
+
+
 def _announcement(
-    weights: DecoderWeights, sizes: Sizes, targets: LatencyTargets, fingerprint: str
+    weights: DecoderWeights,
+    sizes: Sizes,
+    targets: LatencyTargets,
+    scheduler: Scheduler,
+    fingerprint: str,
 ) -> EngineReady:
     limits = sizes.limits
     return EngineReady(
@@ -209,4 +246,6 @@ def _announcement(
         base_fingerprint=fingerprint,
         tpot_slo_ms=targets.tpot_s * 1000,
         ttft_slo_ms=targets.ttft_s * 1000,
+        pinned_arena_bytes=int(scheduler.max_pinned_elements * _PINNED_FILL) * weights.dtype.itemsize,
+        max_pinned_adapters=scheduler.max_pinned_adapters,
     )

@@ -16,8 +16,11 @@ import torch
 from weft_scheduler.cost import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.plan import BackwardSlice, Segment, SegmentKind, StepPlan
+from weft_server.adapters.arena import AdapterArena
+from weft_server.adapters.paths import ModuleShapes
 from weft_server.engine.runner import Runner
 from weft_server.engine.sequence import Sequence
+from weft_server.engine.warmup import dummy_image, resident
 from weft_server.protocol import SamplingParams
 from weft_server.training.data import Example
 from weft_server.training.pack import make_pack
@@ -25,6 +28,8 @@ from weft_server.training.pack import make_pack
 _MAX_SECONDS = 6.0
 _REPEATS = 5
 _DECODE_CONTEXT = 32
+_ADAPTER_RANK = 16
+_NUM_ADAPTERS = (1, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +40,26 @@ class Calibration:
     unloaded_decode_s: float
 
 
-def calibrate(runner: Runner, limits: Limits) -> Calibration:
-    """Run decode batches and prompt chunks of growing size, until done or out of time."""
+def calibrate(runner: Runner, limits: Limits, arena: AdapterArena, shapes: ModuleShapes) -> Calibration:
+    """Run decode batches and prompt chunks of growing size, until done or out of time; then decode batches
+    with dummy adapters, and a finetuning window.
+
+    Args:
+        runner, limits: what is measured, and how large it may be.
+        arena: the runner's, empty; it is so again afterwards.
+        shapes: module → (in_features, out_features) of the base.
+    """
     deadline = time.perf_counter() + _MAX_SECONDS
     samples: list[tuple[PlanFeatures, float]] = []
     unloaded = 0.0
     for plan in _plans(limits):
-        for segment in plan.forward:
-            runner.add_sequence(_sequence(segment))
-        seconds = _measure(runner, plan)
-        for segment in plan.forward:
-            runner.remove_sequence(segment.sequence_id)
+        seconds = _measure_sequences(runner, plan)
         samples.append((_features(plan), seconds))
         if len(samples) == 1:
             unloaded = seconds
         if time.perf_counter() > deadline:
             break
+    samples += _measure_adapters(runner, limits, arena, shapes)
     samples += _measure_training(runner, limits)
     return Calibration(samples, unloaded)
 
@@ -64,7 +73,7 @@ def _plans(limits: Limits) -> Iterator[StepPlan]:
             yield _prefill_plan(num_tokens, limits)
 
 
-def _decode_plan(num_sequences: int, limits: Limits) -> StepPlan:
+def _decode_plan(num_sequences: int, limits: Limits, *, with_adapters: bool = False) -> StepPlan:
     context = min(_DECODE_CONTEXT, limits.max_model_len - 2)
     blocks = limits.num_blocks_for(context + 1)
     segments = tuple(
@@ -73,7 +82,7 @@ def _decode_plan(num_sequences: int, limits: Limits) -> StepPlan:
             kind=SegmentKind.DECODE,
             start=context,
             num_tokens=1,
-            adapter_slot=None,
+            adapter_slot=i if with_adapters else None,
             block_ids=tuple((i * blocks + b) % limits.num_blocks for b in range(blocks)),
             samples=True,
         )
@@ -110,6 +119,37 @@ def _measure(runner: Runner, plan: StepPlan) -> float:
     return median(runner.submit(plan, {}).result().elapsed_s for _ in range(_REPEATS))
 
 
+def _measure_sequences(runner: Runner, plan: StepPlan) -> float:
+    for segment in plan.forward:
+        runner.add_sequence(_sequence(segment))
+    seconds = _measure(runner, plan)
+    for segment in plan.forward:
+        runner.remove_sequence(segment.sequence_id)
+    return seconds
+
+
+def _measure_adapters(
+    runner: Runner, limits: Limits, arena: AdapterArena, shapes: ModuleShapes
+) -> list[tuple[PlanFeatures, float]]:
+    """Decode batches in which every sequence has an adapter of its own, as many as there is room for."""
+    layers = range(limits.num_layers)
+    image = dummy_image(limits.num_layers, shapes, _ADAPTER_RANK, layers=layers, dtype=arena.weights.dtype)
+    room = min(
+        arena.num_elements // image.num_elements,
+        limits.num_adapter_slots,
+        limits.max_num_seqs,
+        limits.num_blocks // 4,
+    )
+    samples = []
+    for num_adapters in _NUM_ADAPTERS:
+        if num_adapters <= room:
+            plan = _decode_plan(num_adapters, limits, with_adapters=True)
+            with resident(arena, [image] * num_adapters):
+                features = replace(_features(plan), adapter_elements=num_adapters * image.num_elements)
+                samples.append((features, _measure_sequences(runner, plan)))
+    return samples
+
+
 def _measure_training(runner: Runner, limits: Limits) -> list[tuple[PlanFeatures, float]]:
     """One window forward with its loss head, and all its backward slices, without an adapter."""
     num_tokens = min(limits.window_tokens, limits.max_pack_tokens, limits.max_batch_tokens)
@@ -139,7 +179,7 @@ def _measure_training(runner: Runner, limits: Limits) -> list[tuple[PlanFeatures
     runner.add_pack(pack)
     try:
         return [
-            (replace(_features(forward), loss_tokens=num_tokens), _measure(runner, forward)),
+            (replace(_features(forward), loss_tokens=num_tokens, num_adapters=0), _measure(runner, forward)),
             (
                 PlanFeatures(
                     backward_token_layers=num_tokens * limits.num_layers,
@@ -159,4 +199,5 @@ def _features(plan: StepPlan) -> PlanFeatures:
         kv_tokens_read=sum(s.start + s.num_tokens for s in plan.forward),
         attention_products=sum(s.num_tokens * (s.start + s.num_tokens) for s in chunks),
         num_sequences=sum(s.samples for s in plan.forward),
+        num_adapters=len({s.adapter_slot for s in plan.forward} - {None}),
     )

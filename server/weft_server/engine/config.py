@@ -36,7 +36,11 @@ class EngineConfig:
     tpot_slo_ms: float | None = None
     ttft_slo_ms: float | None = None
     slo_percentile: float = 95.0
+    flex_tpot_slo_ms: float | None = None
+    flex_ttft_slo_ms: float | None = None
+    prefix_cache: bool = True
     tenant_weights: dict[str, float] | None = None
+    tenant_max_concurrency: dict[str, int] | None = None
     log_level: str = "info"
 
     def to_json(self) -> str:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from weft_scheduler.outcomes import PackDone, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import SegmentKind, StepPlan
-from weft_scheduler.requests import RequestSpec, RequestTooLarge
+from weft_scheduler.prefix import PrefixSpec, prefix_root
+from weft_scheduler.requests import RequestSpec, RequestTooLarge, ServiceTier
 from weft_scheduler.scheduler import Scheduler
 from weft_server.adapters.fetch import AdapterFetcher, CheckResult
 from weft_server.engine.jobs import JobManager
@@ -38,10 +39,13 @@ from weft_server.protocol import (
     Generate,
     Heartbeat,
     RequestFailed,
+    SetPinnedAdapters,
+    SetTenantConcurrency,
     SetTenantWeights,
     Shutdown,
     StartJob,
     StepOutput,
+    TenantQueue,
     ToEngine,
 )
 
@@ -69,6 +73,7 @@ class Engine:
         fetcher: AdapterFetcher,
         jobs: JobManager,
         pipeline_depth: int = 0,
+        prefix_cache: bool = True,
         record_plan: Callable[[list[str]], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -78,6 +83,7 @@ class Engine:
         self._fetcher = fetcher
         self._jobs = jobs
         self._depth = pipeline_depth
+        self._prefix_cache = prefix_cache
         self._record_plan = record_plan
         self._clock = clock
         self._in_flight: deque[_InFlight] = deque()
@@ -108,23 +114,36 @@ class Engine:
         elif isinstance(message, SetTenantWeights):
             for tenant, weight in message.weights.items():
                 self._scheduler.set_weight(tenant, weight)
+        elif isinstance(message, SetTenantConcurrency):
+            self._scheduler.set_max_concurrency(message.max_concurrency)
+        elif isinstance(message, SetPinnedAdapters):
+            self._pager.pin_exactly(message.adapters)
         elif isinstance(message, Shutdown):
             raise TypeError("Shutdown belongs to the process around the engine")
 
     def _generate(self, message: Generate) -> None:
         sampling, num_sent = message.sampling, len(message.generated)
-        adapter = message.adapter
+        adapter, now = message.adapter, self._clock()
+        stranger = _first_outside(message, self._runner.vocab_size)
+        if stranger is not None:
+            self._outbox.append(RequestFailed(message.request_id, 400, "invalid_request", stranger))
+            return
+        tokens = message.prompt + message.generated
         spec = RequestSpec(
             sequence_id=message.request_id,
             tenant=message.tenant,
-            num_prompt_tokens=len(message.prompt) + num_sent,
+            num_prompt_tokens=len(tokens),
             max_new_tokens=sampling.max_tokens - num_sent,
             min_new_tokens=max(0, sampling.min_tokens - num_sent),
             stop_token_ids=frozenset(sampling.stop_token_ids),
             adapter=None if adapter is None else adapter.digest,
+            prefix=self._prefix(message, tokens),
+            priority=message.priority,
+            tier=ServiceTier(message.tier),
+            deadline_s=None if message.remaining_s is None else now + message.remaining_s,
         )
         try:
-            self._scheduler.add_request(spec, self._clock())
+            self._scheduler.add_request(spec, now)
         except RequestTooLarge as error:
             self._outbox.append(RequestFailed(message.request_id, 400, "context_length_exceeded", str(error)))
             return
@@ -146,6 +165,13 @@ class Engine:
         )
         self._counters["prompt_tokens"] += len(message.prompt)
 
+    def _prefix(self, message: Generate, tokens: list[int]) -> PrefixSpec | None:
+        """A request's place in the prefix cache. Log-probabilities of a prompt need all of it computed."""
+        if not self._prefix_cache:
+            return None
+        root = prefix_root(message.tenant, None if message.adapter is None else message.adapter.digest)
+        return PrefixSpec(root, tokens, is_read=message.sampling.prompt_logprobs is None)
+
     def _abort(self, request_id: str) -> None:
         self._scheduler.abort(request_id)
         self._forget(request_id)
@@ -163,7 +189,10 @@ class Engine:
         hear."""
         self._poll()
         plan = self._scheduler.plan(self._clock())
+        for request_id in plan.expired:
+            self._fail(request_id, 504, "deadline_exceeded", "the request's deadline has passed")
         self._pager.carry_out(plan.memory)
+        self._jobs.take_places(plan.memory.adapter_loads)
         self.ran = not plan.is_empty or bool(self._in_flight)
         if plan.is_empty:
             if self._in_flight:
@@ -174,7 +203,9 @@ class Engine:
             for item in self._in_flight:
                 item.handle.result()
         if self._record_plan is not None:
-            self._record_plan(_ids(plan))
+            # A crash may come from the plan before: its errors surface while the next is under way.
+            plans = [plan, *(item.plan for item in self._in_flight)]
+            self._record_plan(list(dict.fromkeys(name for each in plans for name in _ids(each))))
         self._in_flight.append(_InFlight(plan, self._runner.submit(plan, self._jobs.active)))
         while len(self._in_flight) > self._depth:
             self._commit(self._in_flight.popleft())
@@ -191,21 +222,21 @@ class Engine:
         return self._num_checking > 0 or self._pager.is_busy or self._jobs.is_busy
 
     def shut_down(self) -> list[FromEngine]:
-        """Commit what is in flight, checkpoint running jobs, stop the threads."""
+        """Commit what is in flight and checkpoint running jobs. The messages are to be sent before `close`,
+        which may have to wait for a thread that waits for the store."""
         while self._in_flight:
             self._commit(self._in_flight.popleft())
-        messages = self._take_outbox() + self._jobs.checkpoint_all()
-        self.close()
-        return messages
+        return self._take_outbox() + self._jobs.checkpoint_all()
 
     def close(self) -> None:
-        """Stop all threads without saving anything."""
+        """Stop all threads without saving anything; blocks until they have done what they had begun."""
         self._jobs.close()
         self._fetcher.close()
 
     def _commit(self, item: _InFlight) -> None:
         result, now = item.handle.result(), self._clock()
         for request_id, reason in result.failed.items():
+            self._scheduler.fail(request_id)
             self._fail(request_id, 500, "non_finite_logits", reason)
         outcomes = self._scheduler.commit(item.plan, StepResult(result.sampled, result.elapsed_s), now)
         self._count(item.plan, result)
@@ -230,12 +261,14 @@ class Engine:
         logprob = result.logprobs.get(outcome.sequence_id)
         if outcome.finish_reason is not None:
             self._forget(outcome.sequence_id)
+        is_first = not sequence.has_told
         return ChoiceDelta(
             request_id=outcome.sequence_id,
             token_ids=[outcome.token_id],
             logprobs=None if logprob is None else [logprob],
             finish_reason=outcome.finish_reason,
             prompt_logprobs=sequence.take_prompt_logprobs(),
+            num_cached_tokens=outcome.num_cached_tokens if is_first else None,
         )
 
     def _fail(self, request_id: str, status: int, code: str, message: str) -> None:
@@ -266,6 +299,7 @@ class Engine:
             "kv_cache_usage_perc": scheduler.kv_usage,
             "adapter_arena_usage_perc": scheduler.arena_usage,
             "num_adapters_on_device": float(scheduler.num_adapters_on_device),
+            "num_adapters_pinned": float(scheduler.num_adapters_pinned),
             "num_finetune_jobs_running": float(self._jobs.num_running),
             "cost_model_error_p50": scheduler.cost.error_p50,
             "cost_model_error_p95": scheduler.cost.error_p95,
@@ -274,10 +308,15 @@ class Engine:
         }
         counters = self._counters | {
             "finetune_steps": float(self._jobs.num_steps),
-            "adapter_loads": float(self._pager.num_loads),
-            "adapter_evictions": float(self._pager.num_evictions),
+            **self._pager.counters(),
+            "prefix_cache_queries": float(scheduler.num_prefix_queries),
+            "prefix_cache_hits": float(scheduler.num_prefix_hits),
         }
-        return Heartbeat(self._num_iterations, gauges, counters, iterations)
+        queues = {
+            tenant: TenantQueue(queue.num_waiting, queue.drain_s)
+            for tenant, queue in scheduler.queues(self._clock()).items()
+        }
+        return Heartbeat(self._num_iterations, gauges, counters, iterations, queues)
 
     def _count(self, plan: StepPlan, result: RunResult) -> None:
         self._num_iterations += 1
@@ -303,6 +342,24 @@ _COUNTERS = (
     "num_preemptions",
     "finetune_packs_dropped",
 )
+
+
+def _first_outside(message: Generate, vocab_size: int) -> str | None:
+    """What is wrong with the first token id that the model does not know; None if it knows them all."""
+    sampling = message.sampling
+    for name, token_ids in (
+        ("the prompt", message.prompt),
+        ("the generated tokens", message.generated),
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", sampling.logit_bias),
+    ):
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            token_id = next(idx for idx in token_ids if not 0 <= idx < vocab_size)
+            return (
+                f"{name} has the token id {token_id}, but this model has a vocabulary of {vocab_size} tokens "
+                f"(0 to {vocab_size - 1}); leave out the text or id that stands for it"
+            )
+    return None
 
 
 def _ids(plan: StepPlan) -> list[str]:

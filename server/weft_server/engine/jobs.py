@@ -7,12 +7,15 @@ only collects what is done. The loop's part of a job is between `start_step` and
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
+from weft_scheduler.plan import AdapterLoad
 from weft_scheduler.scheduler import Scheduler
 from weft_scheduler.training import PackSpec
 from weft_server.adapters.image import HostImage
@@ -35,7 +38,6 @@ from weft_server.protocol import (
 )
 from weft_server.training.checkpoint import (
     CheckpointError,
-    current_weights,
     restore_checkpoint,
     take_checkpoint,
 )
@@ -46,6 +48,8 @@ log = logging.getLogger(__name__)
 
 _LOAD_RETRY_S = 2.0
 """How long a job waits before it is loaded again while the store is away."""
+_MAX_LOADED_WAITING = 4
+"""Jobs in host memory while they wait for a place on the device; beyond that one of each tenant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,10 @@ class BaseFacts:
     name: str
 
 
+_LoadedJob: TypeAlias = tuple[FinetuneJob, HostImage]
+"""A job in host memory, and its adapter as the arena takes it."""
+
+
 class JobManager:
     """All finetune jobs of one engine."""
 
@@ -89,25 +97,29 @@ class JobManager:
         self._pager = pager
         self._max_pack_tokens = max_pack_tokens
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jobs")
-        self._loading: dict[str, tuple[StartJob, Future[FinetuneJob]]] = {}
+        self._waiting: dict[str, StartJob] = {}
+        self._loading: dict[str, tuple[StartJob, Future[_LoadedJob]]] = {}
         self._postponed: dict[str, tuple[float, StartJob]] = {}
         self._saver = JobSaver(self._pool)
         self._packs: dict[str, set[str]] = {}
         self.active: dict[str, FinetuneJob] = {}
         self.num_steps = 0
-        self.num_trained_tokens = 0
 
     # ------------------------------------------------------------ from the API process
 
     def start(self, message: StartJob) -> None:
-        """Load a job's data and state in the background; it begins when they are there."""
+        """Load a job's data and state in the background, as soon as not too many others wait in memory; it
+        begins when they are there."""
         if message.job_id in self.active or message.job_id in self._loading:
             return
         self._postponed.pop(message.job_id, None)
-        self._loading[message.job_id] = (message, self._pool.submit(self._load, message))
+        self._waiting.setdefault(message.job_id, message)
+        self._load_more()
 
     def cancel(self, job_id: str) -> list[FromEngine]:
         """Stop a job at once; its adapter and gradients are dropped."""
+        if job_id in self._waiting:
+            return [JobStopped(job_id, self._waiting.pop(job_id).lease_epoch)]
         if job_id in self._postponed:
             _, message = self._postponed.pop(job_id)
             return [JobStopped(job_id, message.lease_epoch)]
@@ -122,9 +134,9 @@ class JobManager:
         return [JobStopped(job_id, job.lease_epoch)]
 
     def checkpoint_all(self) -> list[FromEngine]:
-        """Write a checkpoint of every running job and wait for all writes (at shutdown)."""
+        """Write a checkpoint of every job that has trained and wait for all writes (at shutdown)."""
         for job in self.active.values():
-            if not job.is_finished:
+            if job.has_place and not job.is_finished:
                 self._save_checkpoint(job)
         return [message for _, message in self._saver.flush()]
 
@@ -144,11 +156,19 @@ class JobManager:
             if future.done():
                 del self._loading[job_id]
                 messages += self._begin(message, future, now)
+        self._load_more()
         for job, saved in self._saver.poll(now):
             messages.append(saved)
             if not isinstance(saved, JobCheckpointed):
                 self._remove(job)
         return messages
+
+    def take_places(self, loads: Iterable[AdapterLoad]) -> None:
+        """Adapters begin to be loaded: those in training have their place, and their jobs' state follows."""
+        keys = {load.adapter for load in loads}
+        for job in self.active.values() if keys else ():
+            if job.adapter_key in keys:
+                job.take_place()
 
     def pack_done(self, pack_id: str) -> None:
         """A pack's backward is complete: free what it kept."""
@@ -163,7 +183,6 @@ class JobManager:
             self._remove(job)
             return [JobFailed(job_id, job.lease_epoch, outcome.code, outcome.message)]
         self.num_steps += 1
-        self._pager.refresh(job.adapter_key, job.optimizer.master.data)
         report = outcome
         messages: list[FromEngine] = [
             JobProgress(
@@ -180,8 +199,10 @@ class JobManager:
             )
         ]
         if job.is_finished:
+            # Its place in the arena is about to be somebody else's: nothing may be written there any more.
             self._publish(job)
         else:
+            self._pager.refresh(job.adapter_key, job.optimizer.master)
             if job.spec.checkpoint_every and job.num_steps_done % job.spec.checkpoint_every == 0:
                 self._save_checkpoint(job)
             self._start_step(job, now)
@@ -194,18 +215,28 @@ class JobManager:
 
     @property
     def num_running(self) -> int:
-        """Jobs that are loading or training."""
-        return len(self.active) + len(self._loading) + len(self._postponed)
+        """Jobs that are waiting, loading or training."""
+        return len(self.active) + len(self._loading) + len(self._postponed) + len(self._waiting)
 
     # ------------------------------------------------------------ life of a job
 
-    def _begin(self, message: StartJob, future: Future[FinetuneJob], now: float) -> list[FromEngine]:
-        try:
-            job = future.result()
-            image = HostImage.build(
-                job.adapter, self._base.dtype, pin_memory=self._base.device.type == "cuda"
+    def _load_more(self) -> None:
+        """Load waiting jobs, those first whose tenant has the fewest in memory, while there may be more."""
+        while self._waiting:
+            in_memory = Counter(message.tenant for message, _ in self._loading.values())
+            in_memory.update(
+                job.tenant for job in self.active.values() if not (job.has_place or job.is_finished)
             )
-            image.weights.copy_(job.optimizer.master.data)
+            message = min(self._waiting.values(), key=lambda waiting: in_memory[waiting.tenant])
+            if in_memory[message.tenant] and in_memory.total() >= _MAX_LOADED_WAITING:
+                return
+            del self._waiting[message.job_id]
+            self._loading[message.job_id] = (message, self._pool.submit(self._load, message))
+
+    def _begin(self, message: StartJob, future: Future[_LoadedJob], now: float) -> list[FromEngine]:
+        try:
+            job, image = future.result()
+            self._pager.check_trainable(image)
             self._scheduler.add_training_adapter(job.adapter_key, job.adapter.num_elements)
         except Unavailable as error:
             log.warning("job %s waits for the store: %s", message.job_id, error.message)
@@ -233,7 +264,6 @@ class JobManager:
         self._packs[job.job_id] = {pack.pack_id for pack in packs}
         for pack in packs:
             self._runner.add_pack(pack)
-            self.num_trained_tokens += pack.num_tokens
             self._scheduler.add_pack(
                 PackSpec(
                     pack_id=pack.pack_id,
@@ -269,8 +299,9 @@ class JobManager:
         self._saver.checkpoint(job, write)
 
     def _publish(self, job: FinetuneJob) -> None:
-        weights = current_weights(job)
+        weights = job.weights_on_host()
         self._release(job)
+        job.give_up_place()
 
         def write() -> JobSucceeded:
             adapter = repack(job.adapter, weights)
@@ -291,7 +322,7 @@ class JobManager:
 
     # ------------------------------------------------------------ in the pool
 
-    def _load(self, message: StartJob) -> FinetuneJob:
+    def _load(self, message: StartJob) -> _LoadedJob:
         try:
             dataset = Dataset(self._blobs.read(message.dataset_blob))
         except DatasetError as error:
@@ -319,7 +350,11 @@ class JobManager:
                 restore_checkpoint(job, self._blobs.read(message.checkpoint_blob))
             except CheckpointError as error:
                 raise JobError("bad_checkpoint", str(error)) from error
-        return job
+        current = replace(job.adapter, weights=job.weights_on_host())
+        pin_memory = self._base.device.type == "cuda"
+        if pin_memory:
+            job.pin()
+        return job, HostImage.build(current, self._base.dtype, pin_memory=pin_memory)
 
     def _check_lengths(self, dataset: Dataset) -> None:
         most = min(self._base.max_model_len, self._scheduler.limits.max_pack_tokens)

@@ -5,12 +5,13 @@ process keeps open: its end means that the API process is gone, and the engine w
 
     main thread      takes messages, steps the engine, sends what it returns
     receiver         socket → queue
-    heartbeat        once a second, also while a long iteration runs
+    heartbeat        twice a second, also while a long iteration runs, but not while one hangs
     parent watch     waits for the end of standard input
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -18,8 +19,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import TypeAlias
 
 import zmq
 
@@ -27,6 +30,7 @@ from weft_server.engine.build import BuiltEngine, build_engine
 from weft_server.engine.config import EngineConfig
 from weft_server.engine.engine import Engine
 from weft_server.engine.jobs import BlobIO
+from weft_server.engine.loop_watch import LoopWatch
 from weft_server.errors import WeftError
 from weft_server.flight_recorder import FlightRecorder
 from weft_server.protocol import EngineFailed, FromEngine, Shutdown, ToEngine
@@ -34,6 +38,11 @@ from weft_server.store.opening import open_blobs
 from weft_server.transport import decode, encode
 
 log = logging.getLogger(__name__)
+
+Build: TypeAlias = Callable[[EngineConfig, BlobIO, FlightRecorder], BuiltEngine]
+
+STUCK_AFTER_S = 60.0
+"""An iteration that lasts longer is taken to hang: the latency budget allows for a tenth of it."""
 
 COST_MODEL_FILE = "cost_model.json"
 """In the data folder: the fitted cost model, written when the engine stops."""
@@ -62,8 +71,17 @@ class _Sender:
             self._socket.close(linger=2000)
 
 
-def main() -> int:
-    """Entry point; returns the exit status."""
+def _build(config: EngineConfig, blobs: BlobIO, recorder: FlightRecorder) -> BuiltEngine:
+    return build_engine(config, blobs, record_plan=recorder.record)
+
+
+def main(build: Build = _build, *, stuck_after_s: float = STUCK_AFTER_S) -> int:
+    """Entry point; returns the exit status.
+
+    Args:
+        build: makes the engine that is run.
+        stuck_after_s: heartbeats end when one iteration lasts longer.
+    """
     config = EngineConfig.from_json(sys.stdin.readline())
     logging.basicConfig(
         level=config.log_level.upper(),
@@ -77,18 +95,24 @@ def main() -> int:
     sender = _Sender(context, config.send_address, config.epoch)
     try:
         with open_blobs(config.store_url, Path(config.data_dir)) as store:
-            return _serve(config, BlobIO(read=store.read_bytes, put=store.put), context, sender)
+            blob_io = BlobIO(read=store.read_bytes, put=store.put)
+            return _serve(config, build, blob_io, context, sender, stuck_after_s)
     finally:
         sender.close()
         context.term()  # the receiver closes its socket when it hears of this
 
 
 def _serve(
-    config: EngineConfig, blobs: BlobIO, context: zmq.Context[zmq.Socket[bytes]], sender: _Sender
+    config: EngineConfig,
+    build: Build,
+    blobs: BlobIO,
+    context: zmq.Context[zmq.Socket[bytes]],
+    sender: _Sender,
+    stuck_after_s: float,
 ) -> int:
     try:
         recorder = FlightRecorder(Path(config.flight_record))
-        built = build_engine(config, blobs, record_plan=recorder.record)
+        built = build(config, blobs, recorder)
     except WeftError as error:
         sender.send(EngineFailed(error.message, error.code or "engine_start_failed"))
         return 1
@@ -98,9 +122,11 @@ def _serve(
         return 1
     inbox: SimpleQueue[ToEngine] = SimpleQueue()
     threading.Thread(target=_receive, args=(context, config, inbox), name="receiver", daemon=True).start()
-    threading.Thread(target=_beat, args=(built.engine, sender), name="heartbeat", daemon=True).start()
+    watch = LoopWatch()
+    beat = (built.engine, sender, watch, stuck_after_s)
+    threading.Thread(target=_beat, args=beat, name="heartbeat", daemon=True).start()
     sender.send(built.ready)
-    _loop(config, built, inbox, sender, recorder)
+    _loop(config, built, inbox, sender, recorder, watch)
     return 0
 
 
@@ -110,20 +136,25 @@ def _loop(
     inbox: SimpleQueue[ToEngine],
     sender: _Sender,
     recorder: FlightRecorder,
+    watch: LoopWatch,
 ) -> None:
     engine = built.engine
     while True:
-        for message in _take(inbox, engine):
-            if isinstance(message, Shutdown):
-                for last in engine.shut_down():
-                    sender.send(last)
-                _write_cost_model(built, Path(config.data_dir))
-                return
-            engine.handle(message)
-        for answer in engine.step():
-            sender.send(answer)
-        if not engine.has_work:
-            recorder.record(())
+        messages = _take(inbox, engine)
+        if any(isinstance(message, Shutdown) for message in messages):
+            break
+        with watch.busy():
+            for message in messages:
+                engine.handle(message)
+            for answer in engine.step():
+                sender.send(answer)
+            if not engine.has_work:
+                recorder.record(())
+    # Not watched: saving may take long, and the API process has a limit of its own for it.
+    for last in engine.shut_down():
+        sender.send(last)
+    _write_cost_model(built, Path(config.data_dir))
+    engine.close()
 
 
 def _write_cost_model(built: BuiltEngine, data_dir: Path) -> None:
@@ -165,9 +196,16 @@ def _receive(
         socket.close(linger=0)
 
 
-def _beat(engine: Engine, sender: _Sender) -> None:
+def _beat(engine: Engine, sender: _Sender, watch: LoopWatch, stuck_after_s: float) -> None:
+    is_stuck = False
     while True:
         time.sleep(_HEARTBEAT_S)
+        was_stuck, is_stuck = is_stuck, watch.busy_for_s > stuck_after_s
+        if is_stuck:
+            if not was_stuck:
+                log.critical("an iteration has lasted longer than %.0f s; no more heartbeats", stuck_after_s)
+                faulthandler.dump_traceback()
+            continue
         try:
             sender.send(engine.heartbeat())
         except zmq.ZMQError:

@@ -6,18 +6,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from weft_kernels.lora import LoraTable
+from weft_kernels.transfer import download, upload_indices
 from weft_scheduler.plan import BackwardSlice, MemoryPlan, SegmentKind, StepPlan
 from weft_server.cache.kv import KvCache
 from weft_server.engine.batch import FlatBatch, PlacedSegment, build_batch
-from weft_server.engine.sampler import SamplingRow, sample, top_logprobs
+from weft_server.engine.device_clock import DeviceClock
+from weft_server.engine.history import TokenHistory, needs_history
+from weft_server.engine.logprobs import TopLogprobs, top_logprobs
+from weft_server.engine.sampler import SamplingRow, sample
 from weft_server.engine.sequence import Sequence as GeneratedSequence
 from weft_server.model.decoder import Decoder
 from weft_server.protocol import TokenLogprob
@@ -29,6 +33,8 @@ from weft_server.training.pack import Pack
 _PROMPT_LOGPROB_ROWS = 256
 _MAX_FUSED_TOKENS = 1024
 """Rows of a fused backward call: enough for full speed, few enough for its scratch memory."""
+_GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Keys and values that one attention call over decode rows gathers: on a CPU what its cache holds."""
 
 
 @dataclass(slots=True)
@@ -48,13 +54,18 @@ class RunResult:
 
 @dataclass(slots=True)
 class _Sampling:
-    """Sampled rows of an iteration. `on_host` `[2, S]` (token ids, and whether the logits were finite) is
-    complete once the iteration's event has passed."""
+    """Sampled rows of an iteration, by sequence. `on_host` `[2, S]` (token ids, and whether the logits were
+    finite) and `logprobs` (of those sequences that want them) are complete once the iteration's event has
+    passed."""
 
-    placed: list[PlacedSegment]
-    token_ids: Tensor
+    request_ids: list[str]
     on_host: Tensor
-    logits: Tensor
+    logprobs: TopLogprobs | None
+    logprobs_of: list[str]
+
+
+_PromptLogprobs: TypeAlias = tuple[GeneratedSequence, TopLogprobs]
+"""Log-probabilities of a part of a sequence's prompt, on their way."""
 
 
 class StepHandle:
@@ -86,6 +97,7 @@ class Runner:
         self._table = table
         self._window_tokens = window_tokens
         self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
+        self._max_gathered_keys = max(1, _GATHER_BYTES[decoder.device.type] // cache.bytes_per_layer_token)
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=decoder.device)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._sequences: dict[str, GeneratedSequence] = {}
@@ -96,6 +108,11 @@ class Runner:
     def device(self) -> torch.device:
         """Where it computes."""
         return self._decoder.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows are below this."""
+        return self._decoder.config.vocab_size
 
     # ------------------------------------------------------------ residents
 
@@ -129,17 +146,21 @@ class Runner:
     @torch.no_grad()
     def submit(self, plan: StepPlan, jobs: Mapping[str, FinetuneJob]) -> StepHandle:
         """Issue one iteration. The plan's adapter loads and evictions have been carried out already."""
-        clock = _DeviceClock(self._decoder.device)
+        clock = DeviceClock(self._decoder.device)
         self._give_up(plan.memory)
         stepping = {job_id: jobs[job_id] for job_id in plan.optimizer_steps if job_id in jobs}
-        sampling = self._forward(plan) if plan.forward else None
+        sampling, prompts = self._forward(plan) if plan.forward else (None, [])
         for item, windows in _fuse_slices(plan.backward, _MAX_FUSED_TOKENS // self._window_tokens):
             self._run_backward(item, windows, jobs)
+        for job in stepping.values():
+            job.issue_update()
         clock.stop()
 
         def collect() -> RunResult:
             clock.wait()
             result = RunResult()
+            for sequence, logprobs in prompts:
+                sequence.prompt_logprobs += logprobs.entries()
             if sampling is not None:
                 self._collect_samples(sampling, result)
             for job_id, job in stepping.items():
@@ -167,34 +188,34 @@ class Runner:
         return any(
             segment.samples
             and (sequence := self._sequences.get(segment.sequence_id))
-            and sequence.needs_history
+            and needs_history(sequence.params)
             for segment in plan.forward
         )
 
     # ------------------------------------------------------------ forward
 
-    def _forward(self, plan: StepPlan) -> _Sampling | None:
+    def _forward(self, plan: StepPlan) -> tuple[_Sampling | None, list[_PromptLogprobs]]:
         # A sequence may have ended since the plan was made.
         segments = [
             s for s in plan.forward if s.sequence_id in self._sequences or s.sequence_id in self._packs
         ]
         if not segments:
-            return None
+            return None, []
         batch = build_batch(
             segments,
             self._sequences,
             self._packs,
             block_size=self._cache.block_size,
+            max_gathered_keys=self._max_gathered_keys,
             device=self._decoder.device,
         )
         decode = [self._sequences[p.segment.sequence_id] for p in batch.segments[: batch.num_decode]]
         if decode:
-            rows = torch.tensor([self._row(s) for s in decode], device=self._decoder.device)
+            rows = upload_indices([self._row(s) for s in decode], self._decoder.device)
             batch.token_ids[: len(decode)] = self._last_tokens[rows]
         hidden = self._run_layers(batch)
         self._run_loss_heads(batch, hidden)
-        self._collect_prompt_logprobs(batch, hidden)
-        return self._sample(batch, hidden)
+        return self._sample(batch, hidden), self._prompt_logprobs(batch, hidden)
 
     def _run_layers(self, batch: FlatBatch) -> Tensor:
         trained = batch.of_kind(SegmentKind.TRAIN)
@@ -218,7 +239,7 @@ class Runner:
             raise ValueError(f"finetuning segment of pack {pack.pack_id} has no adapter slot")
         known = self._placements.get(pack.pack_id)
         if known is None or len(known.block_table) != len(segment.block_ids) or segment.start == 0:
-            table = torch.tensor(segment.block_ids, dtype=torch.int64, device=self._decoder.device)
+            table = upload_indices(segment.block_ids, self._decoder.device)
             self._placements[pack.pack_id] = PackPlacement(pack, segment.adapter_slot, table)
 
     def _keep_layer_input(self, layer: int, placed: PlacedSegment, hidden: Tensor) -> None:
@@ -235,27 +256,33 @@ class Runner:
             if not segment.with_loss or pack.d_hidden is None or pack.losses is None or pack.correct is None:
                 continue
             window = slice(segment.start, segment.start + segment.num_tokens)
-            head = loss_head(hidden[placed.rows], pack.labels[window], weights.norm, weights.lm_head, eps=eps)
+            trained = pack.trained_rows(window.start, window.stop)
+            rows, labels = hidden[placed.rows], pack.labels[window]
+            head = loss_head(rows, labels, trained, weights.norm, weights.lm_head, eps=eps)
             pack.losses[window], pack.correct[window] = head.loss, head.correct
             pack.d_hidden[window] = head.d_hidden
 
-    def _collect_prompt_logprobs(self, batch: FlatBatch, hidden: Tensor) -> None:
+    def _prompt_logprobs(self, batch: FlatBatch, hidden: Tensor) -> list[_PromptLogprobs]:
+        issued = []
         for placed in batch.of_kind(SegmentKind.PREFILL):
             segment = placed.segment
             sequence = self._sequences[segment.sequence_id]
             count = sequence.params.prompt_logprobs
             if count is None:
                 continue
-            if not sequence.prompt_logprobs:
+            if not sequence.num_prompt_logprobs:
                 sequence.prompt_logprobs.append(None)
-            first = max(segment.start, len(sequence.prompt_logprobs) - 1)
+                sequence.num_prompt_logprobs = 1
+            first = max(segment.start, sequence.num_prompt_logprobs - 1)
             end = min(segment.start + segment.num_tokens, len(sequence.prompt) - 1)
             for start in range(first, end, _PROMPT_LOGPROB_ROWS):
                 stop = min(start + _PROMPT_LOGPROB_ROWS, end)
                 offset = placed.row - segment.start
                 logits = self._decoder.logits(hidden[offset + start : offset + stop])
-                targets = torch.tensor(sequence.prompt[start + 1 : stop + 1], device=hidden.device)
-                sequence.prompt_logprobs += top_logprobs(logits, targets, [count] * (stop - start))
+                targets = upload_indices(sequence.prompt[start + 1 : stop + 1], hidden.device)
+                issued.append((sequence, top_logprobs(logits, targets, [count] * (stop - start))))
+                sequence.num_prompt_logprobs += stop - start
+        return issued
 
     # ------------------------------------------------------------ sampling
 
@@ -263,21 +290,37 @@ class Runner:
         placed = [p for p in batch.segments if p.segment.samples]
         if not placed:
             return None
-        rows = torch.tensor([p.rows.stop - 1 for p in placed], device=hidden.device)
-        logits = self._decoder.logits(hidden.index_select(0, rows))
-        positions = [p.segment.start + p.segment.num_tokens for p in placed]
-        sequences = [self._sequences[p.segment.sequence_id] for p in placed]
-        sampled = sample(
-            logits,
-            [
-                SamplingRow(s.params, s.choice_idx, position, s.prompt, s.output)
-                for s, position in zip(sequences, positions, strict=True)
-            ],
+        device = hidden.device
+        logits = self._decoder.logits(
+            hidden.index_select(0, upload_indices([p.rows.stop - 1 for p in placed], device))
         )
-        device_rows = torch.tensor([self._row(s) for s in sequences], device=hidden.device)
+        sequences = [self._sequences[p.segment.sequence_id] for p in placed]
+        rows = [
+            self._sampling_row(sequence, p.segment.start + p.segment.num_tokens)
+            for sequence, p in zip(sequences, placed, strict=True)
+        ]
+        sampled = sample(logits, rows)
+        device_rows = upload_indices([self._row(s) for s in sequences], device)
         self._last_tokens[device_rows] = sampled.token_ids
-        both = torch.stack((sampled.token_ids, sampled.finite.to(torch.int64)))
-        return _Sampling(placed, sampled.token_ids, _to_host(both), logits)
+        both = download(torch.stack((sampled.token_ids, sampled.finite.to(torch.int64))))
+        wanted = [(i, s.params.logprobs) for i, s in enumerate(sequences) if s.params.logprobs is not None]
+        logprobs = None
+        if wanted:
+            idx = upload_indices([i for i, _ in wanted], device)
+            logprobs = top_logprobs(logits[idx], sampled.token_ids[idx], [count for _, count in wanted])
+        names = [s.request_id for s in sequences]
+        return _Sampling(names, both, logprobs, [names[i] for i, _ in wanted])
+
+    def _sampling_row(self, sequence: GeneratedSequence, position: int) -> SamplingRow:
+        params = sequence.params
+        if needs_history(params):
+            if sequence.history is None:
+                sequence.history = TokenHistory(
+                    params, sequence.prompt, self.vocab_size, self._decoder.device
+                )
+            sequence.history.add(sequence.output)
+        num_output = position - len(sequence.prompt)
+        return SamplingRow(params, sequence.choice_idx, position, num_output, sequence.history)
 
     def _row(self, sequence: GeneratedSequence) -> int:
         """The sequence's place in the buffer of newest tokens, assigned at first use."""
@@ -292,9 +335,7 @@ class Runner:
 
     def _collect_samples(self, sampling: _Sampling, result: RunResult) -> None:
         token_ids, finite = sampling.on_host.tolist()
-        wanted: list[tuple[int, str, int]] = []
-        for i, placed in enumerate(sampling.placed):
-            request_id = placed.segment.sequence_id
+        for i, request_id in enumerate(sampling.request_ids):
             sequence = self._sequences.get(request_id)
             if sequence is None:
                 continue
@@ -303,14 +344,9 @@ class Runner:
                 continue
             result.sampled[request_id] = token_ids[i]
             sequence.output.append(token_ids[i])
-            if sequence.params.logprobs is not None:
-                wanted.append((i, request_id, sequence.params.logprobs))
-        if wanted:
-            rows = torch.tensor([i for i, _, _ in wanted], device=sampling.logits.device)
-            entries = top_logprobs(
-                sampling.logits[rows], sampling.token_ids[rows], [count for _, _, count in wanted]
-            )
-            result.logprobs = {request_id: e for (_, request_id, _), e in zip(wanted, entries, strict=True)}
+        if sampling.logprobs is not None:
+            entries = zip(sampling.logprobs_of, sampling.logprobs.entries(), strict=True)
+            result.logprobs = {name: entry for name, entry in entries if name in result.sampled}
 
     # ------------------------------------------------------------ backward
 
@@ -340,41 +376,6 @@ def _fuse_slices(slices: Sequence[BackwardSlice], max_windows: int) -> Iterator[
         group.append(item)
     if group:
         yield group[-1], range(group[-1].window, group[0].window + 1)
-
-
-class _DeviceClock:
-    """The time of one iteration on the device: the host's clock on a CPU, events in the stream on a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            self._events = (start, end)
-            start.record()
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """Everything of the iteration has been issued."""
-        if self._events is not None:
-            self._events[1].record()
-
-    def wait(self) -> None:
-        """Wait until the device has done it."""
-        if self._events is not None:
-            self._events[1].synchronize()
-
-    def elapsed_s(self) -> float:
-        """Seconds from the first operation to the last (on a CPU: until now, with the optimizer steps)."""
-        if self._events is None:
-            return time.perf_counter() - self._started
-        return float(self._events[0].elapsed_time(self._events[1])) / 1000
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """The tensor on the host; on a GPU the copy is only issued, into pinned memory."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _finish_step(job: FinetuneJob) -> StepReport | JobError:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft_server.protocol import SamplingParams, TokenLogprob
+from weft_kernels.transfer import upload, upload_indices
+from weft_server.engine.history import TokenHistory
+from weft_server.protocol import SamplingParams
 
 _MASK64 = (1 << 64) - 1
 _LEAST_TEMPERATURE = 1e-30
@@ -20,13 +22,14 @@ _LEAST_TEMPERATURE = 1e-30
 
 @dataclass(slots=True)
 class SamplingRow:
-    """One row to sample: its parameters, its place in its sequence, and the tokens that penalties look at."""
+    """One row to sample: its parameters, its place in its sequence, the number of tokens generated before it,
+    and what penalties look at (None without them)."""
 
     params: SamplingParams
     choice_idx: int
     position: int
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
+    num_output: int
+    history: TokenHistory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     if all(row.params.temperature == 0 for row in rows):
         return Sampled(greedy, finite)
     drawn = _draw(scores, rows)
-    is_greedy = torch.tensor([row.params.temperature == 0 for row in rows], device=logits.device)
+    is_greedy = upload([row.params.temperature == 0 for row in rows], torch.bool, logits.device)
     return Sampled(torch.where(is_greedy, greedy, drawn), finite)
 
 
@@ -60,21 +63,6 @@ def uniform(seed: int, choice_idx: int, position: int) -> float:
     return (state >> 11) * 2.0**-53
 
 
-def top_logprobs(logits: Tensor, token_ids: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probabilities of `token_ids` `[S]` and of the `counts[i]` most likely tokens, from unprocessed
-    logits."""
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = log_probs.gather(1, token_ids.unsqueeze(1)).squeeze(1).tolist()
-    k = min(max(counts), logits.shape[-1])
-    values, ids = (
-        (x.tolist() for x in log_probs.topk(k, dim=-1)) if k else ([[]] * len(counts), [[]] * len(counts))
-    )
-    return [
-        TokenLogprob(int(token), logprob, tuple(zip(ids[i][:count], values[i][:count], strict=True)))
-        for i, (token, logprob, count) in enumerate(zip(token_ids.tolist(), chosen, counts, strict=True))
-    ]
-
-
 def _splitmix64(x: int) -> int:
     x = (x + 0x9E3779B97F4A7C15) & _MASK64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
@@ -83,55 +71,50 @@ def _splitmix64(x: int) -> int:
 
 
 def _needs_processing(row: SamplingRow) -> bool:
-    p = row.params
-    return bool(
-        p.presence_penalty
-        or p.frequency_penalty
-        or p.repetition_penalty != 1.0
-        or p.logit_bias
-        or len(row.output_ids) < p.min_tokens
-    )
+    return bool(row.history is not None or row.params.logit_bias or row.num_output < row.params.min_tokens)
 
 
 def _process(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Penalties (with vLLM's and OpenAI's definitions), bias and minimum length, in place, row by row."""
-    vocab_size, device = scores.shape[-1], scores.device
+    device = scores.device
     for row, score in zip(rows, scores, strict=True):
         params = row.params
-        if params.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), dtype=torch.int64, device=device)
-            value = score[seen]
-            factor = params.repetition_penalty
-            score[seen] = torch.where(value > 0, value / factor, value * factor)
-        if row.output_ids and (params.presence_penalty or params.frequency_penalty):
-            output = torch.tensor(row.output_ids, dtype=torch.int64, device=device)
-            counts = torch.bincount(output, minlength=vocab_size)
-            score -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+        if row.history is not None:
+            _penalize(score, params, row.history)
         if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), dtype=torch.int64, device=device)
-            score[ids] += torch.tensor(list(params.logit_bias.values()), device=device)
-        if len(row.output_ids) < params.min_tokens and params.stop_token_ids:
-            score[torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)] = -torch.inf
+            ids = upload_indices(list(params.logit_bias), device)
+            score[ids] += upload(list(params.logit_bias.values()), torch.float32, device)
+        if row.num_output < params.min_tokens and params.stop_token_ids:
+            score.index_fill_(0, upload_indices(params.stop_token_ids, device), -torch.inf)
     return scores
+
+
+def _penalize(score: Tensor, params: SamplingParams, history: TokenHistory) -> None:
+    if history.seen is not None:
+        factor = params.repetition_penalty
+        penalized = torch.where(score > 0, score / factor, score * factor)
+        score.copy_(torch.where(history.seen, penalized, score))
+    if history.counts is not None:
+        counts = history.counts
+        score -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
 
 
 def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Inverse-CDF sampling in token-id order, so that filters of other rows cannot change a row's mapping."""
     device = scores.device
-    temperature = torch.tensor(
-        [max(row.params.temperature, _LEAST_TEMPERATURE) for row in rows], device=device
-    )
+    temperatures = [max(row.params.temperature, _LEAST_TEMPERATURE) for row in rows]
+    temperature = upload(temperatures, torch.float32, device)
     # Relative to the best token, so that no temperature is too low to divide by.
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
     if any(row.params.min_p > 0 for row in rows):
-        min_p = torch.tensor([row.params.min_p for row in rows], device=device).unsqueeze(1)
+        min_p = upload([row.params.min_p for row in rows], torch.float32, device).unsqueeze(1)
         floor = scores.amax(dim=-1, keepdim=True) + torch.log(min_p)  # log 0 = -inf keeps all
         scores = scores.masked_fill(scores < floor, -torch.inf)
     if any(row.params.top_k is not None or row.params.top_p < 1 for row in rows):
         scores = _filter_top(scores, rows)
     cumulative = torch.softmax(scores, dim=-1).double().cumsum(dim=-1)
     draws = [uniform(row.params.seed, row.choice_idx, row.position) for row in rows]
-    target = torch.tensor(draws, dtype=torch.float64, device=device).unsqueeze(1) * cumulative[:, -1:]
+    target = upload(draws, torch.float64, device).unsqueeze(1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
     return drawn.clamp_(max=scores.shape[-1] - 1)
 
@@ -141,13 +124,13 @@ def _filter_top(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     `top_p`."""
     vocab_size, device = scores.shape[-1], scores.device
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([min(row.params.top_k or vocab_size, vocab_size) for row in rows], device=device)
+    top_k = upload_indices([min(row.params.top_k or vocab_size, vocab_size) for row in rows], device)
     ranks = torch.arange(vocab_size, device=device).unsqueeze(0)
     ordered = ordered.masked_fill(ranks >= top_k.unsqueeze(1), -torch.inf)
     probabilities = torch.softmax(ordered, dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
     # Without a limit of its own a row keeps all: rounding may carry its cumulated probability past 1.
     limits = [row.params.top_p if row.params.top_p < 1 else torch.inf for row in rows]
-    top_p = torch.tensor(limits, device=device).unsqueeze(1)
+    top_p = upload(limits, torch.float32, device).unsqueeze(1)
     ordered = ordered.masked_fill((before >= top_p) & (ranks > 0), -torch.inf)
     return torch.empty_like(scores).scatter_(1, order, ordered)

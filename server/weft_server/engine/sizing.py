@@ -17,6 +17,8 @@ from weft_server.model.weights import DecoderWeights
 
 BLOCK_SIZE = 16
 NUM_ADAPTER_SLOTS = 256
+TRAINING_ADAPTER_SHARE = 0.375
+PINNED_ADAPTER_SHARE = 0.125
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_CPU_CACHE_TOKENS = 1 << 18
@@ -64,13 +66,28 @@ CUDA_DEFAULTS = DeviceDefaults(
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: CUDA if there is one. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device is 'cuda', but PyTorch sees no CUDA device; use --device cpu or auto")
-    return device
+    """The device to compute on, a GPU by its index; `auto` is CUDA if there is one.
+
+    Raises:
+        ConfigError: a device that is not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device is {name!r}, but PyTorch sees no CUDA device; use --device cpu or auto")
+    idx = torch.device(name).index if ":" in name else torch.cuda.current_device()
+    if idx >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device is {name!r}, but PyTorch sees {torch.cuda.device_count()} CUDA device(s), numbered "
+            f"from 0; use a smaller number"
+        )
+    return torch.device("cuda", idx)
+
+
+def use_device(device: torch.device) -> None:
+    """Make it the calling thread's current device: streams, events and Triton kernels then belong to it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -147,6 +164,7 @@ def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
     arena_bytes = (config.adapter_arena_mb or _arena_mb(usable, defaults)) * _MB
     kept_bytes = (model.num_layers + 1) * model.hidden_size * weights.dtype.itemsize
     train_tokens = int(usable * defaults.activation_share) // kept_bytes
+    _check_memory(config, usable, cache_tokens, kv_bytes, arena_bytes)
     num_blocks = cache_tokens // BLOCK_SIZE
     reserve = min(num_blocks // 4, 4 * max_model_len // BLOCK_SIZE)
     pack_room = (num_blocks - reserve) * BLOCK_SIZE
@@ -158,6 +176,8 @@ def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
             max_batch_tokens=max_batch_tokens,
             max_model_len=max_model_len,
             num_adapter_slots=NUM_ADAPTER_SLOTS,
+            training_adapter_share=TRAINING_ADAPTER_SHARE,
+            pinned_adapter_share=PINNED_ADAPTER_SHARE,
             arena_elements=arena_bytes // weights.dtype.itemsize // 64 * 64,
             window_tokens=window_tokens,
             num_layers=model.num_layers,
@@ -176,6 +196,36 @@ def _usable_bytes(config: EngineConfig, device: torch.device) -> int:
         return free
     _, total = torch.cuda.mem_get_info(device)
     return max(0, free - int(total * (1 - config.gpu_memory_utilization)))
+
+
+def _check_memory(
+    config: EngineConfig, usable: int, cache_tokens: int, kv_bytes: int, arena_bytes: int
+) -> None:
+    """Refuse the size that the user gave and this machine cannot hold beside the other one.
+
+    Raises:
+        ConfigError: the key, its value and the largest one allowed.
+    """
+    cache_bytes = cache_tokens * kv_bytes
+    if cache_bytes + arena_bytes <= usable:
+        return
+    cache_room = usable - (arena_bytes if arena_bytes < usable else 0)
+    arena_room = usable - (cache_bytes if cache_bytes < usable else 0)
+    if config.kv_cache_tokens is not None and (config.adapter_arena_mb is None or cache_bytes > arena_bytes):
+        raise ConfigError(
+            f"--kv-cache-tokens is {config.kv_cache_tokens}, which takes {_mb(cache_bytes)} MiB; the memory "
+            f"that is free beside weights and adapter arena is {_mb(cache_room)} MiB. Allowed: "
+            f"{2 * BLOCK_SIZE} to {cache_room // kv_bytes}"
+        )
+    if config.adapter_arena_mb is not None:
+        raise ConfigError(
+            f"--adapter-arena-mb is {config.adapter_arena_mb}; the memory that is free beside weights and KV "
+            f"cache is {_mb(arena_room)} MiB. Allowed: 1 to {_mb(arena_room)}"
+        )
+
+
+def _mb(num_bytes: int) -> int:
+    return num_bytes // _MB
 
 
 def _cache_tokens(config: EngineConfig, device: torch.device, affordable: int) -> int:

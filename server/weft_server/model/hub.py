@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from weft_server.errors import ConfigError
 from weft_server.model.config_fields import ModelError
 
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model"]
 # Weights in other layouts, which repositories keep beside the Hugging Face files or in folders.
 SKIPPED_FILES = ["*/*", "consolidated*.safetensors"]
+ALLOWED_MODELS = "a Hugging Face directory (config.json, safetensors, tokenizer.json), a hub id, or demo"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -31,17 +33,25 @@ def resolve_model(
         endpoint: the hub's address; the hub library's own when None.
 
     Raises:
-        ModelError: neither a directory nor a hub id, no such model or revision, no right to it, or the hub
-            cannot be reached and the model is not in the cache.
+        ConfigError: neither a directory with a `config.json` nor a hub id.
+        ModelError: the hub has no such model or revision or gives no right to it, or it cannot be reached and
+            the model is not in the cache.
     """
     directory = Path(name).expanduser()
     if name and directory.is_dir():
         if revision is not None:
             raise ModelError(f"{name} is a directory, which has no revision {revision!r}", param="revision")
+        if not (directory / "config.json").is_file():
+            raise ConfigError(
+                f"MODEL is {name}, which holds no config.json, so it is not a Hugging Face model directory. "
+                f"Allowed: {ALLOWED_MODELS}.",
+                param="model",
+            )
         return directory
     if not _HUB_ID.fullmatch(name):
-        raise ModelError(
-            f"{name!r} is neither an existing directory nor a hub id such as 'organisation/model'",
+        raise ConfigError(
+            f"MODEL is {name!r}, which is neither an existing directory nor a hub id. "
+            f"Allowed: {ALLOWED_MODELS}.",
             param="model",
         )
     return _download(name, revision, cache_dir, endpoint)

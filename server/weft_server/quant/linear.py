@@ -19,9 +19,6 @@ from weft_kernels.nf4 import Nf4Weight
 
 Format = Literal["none", "nf4", "int8"]
 
-# Beyond this many rows a product is compute-bound: dequantizing once for the library's GEMM wins.
-MAX_FUSED_ROWS = 64
-
 
 class QuantizedLinear:
     """y = x Wᵀ + bias for a frozen W [N, K].
@@ -97,7 +94,7 @@ class QuantizedLinear:
         return int8.int8_input_grad(dy, self._packed)
 
     def _wants_dense(self, rows: Tensor) -> bool:
-        if self._packed is None or self._dense is not None or rows.shape[0] > MAX_FUSED_ROWS:
+        if self._packed is None or self._dense is not None or rows.shape[0] > nf4.MAX_FUSED_ROWS:
             return True
         return rows.requires_grad and torch.is_grad_enabled()
 

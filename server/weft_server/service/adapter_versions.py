@@ -78,11 +78,15 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A name and its versions, oldest first; requests for the bare name get the newest."""
+    """A name and its versions, oldest first; requests for the bare name get the newest.
+
+    `pinned` says that the newest is to stay on the device.
+    """
 
     name: str
     versions: tuple[AdapterVersion, ...]
     created_at: int
+    pinned: bool = False
 
     @property
     def newest(self) -> AdapterVersion:
@@ -94,7 +98,7 @@ class Adapter:
         """From the record."""
         numbered = sorted((int(number), value) for number, value in record.value["versions"].items())
         versions = tuple(AdapterVersion.from_value(number, value) for number, value in numbered)
-        return cls(record.id, versions, record.value["created_at"])
+        return cls(record.id, versions, record.value["created_at"], record.value.get("pinned", False))
 
 
 def check_name(name: str, *, base_name: str, param: str) -> None:
@@ -127,10 +131,16 @@ def publication(current: Record | None, tenant: str, name: str, version: Adapter
         "newest": max(map(int, numbered)),
         "versions": numbered,
         "created_at": version.created_at if current is None else current.value["created_at"],
+        "pinned": current is not None and current.value.get("pinned", False),
     }
     record: Change = Create(ADAPTER_KIND, tenant, name, value) if current is None else Update(current, value)
     owner = _owner(tenant, name, version.number)
     return [record, *(Link(blob, owner) for blob in version.blobs)]
+
+
+def pinning(current: Record, *, pinned: bool) -> list[Change]:
+    """The changes that pin or unpin a name."""
+    return [Update(current, {**current.value, "pinned": pinned})]
 
 
 def removal(current: Record, *, now: float) -> list[Change]:

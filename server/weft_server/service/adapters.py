@@ -11,7 +11,7 @@ import asyncio
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from weft_server.service.adapter_versions import (
 from weft_server.service.engine_port import EnginePort
 from weft_server.service.files import open_blob
 from weft_server.service.models import model_not_found
+from weft_server.service.pins import AdapterPins
 from weft_server.store.base import BlobMissing, BlobStore, Record, RecordStore, StaleRecord
 
 CONFIG_FILE = "adapter_config.json"
@@ -64,8 +65,10 @@ class AdapterService:
         *,
         base_name: str,
         adapter_root: Path | None,
+        pin_share: Callable[[str], float] = lambda _tenant: 1.0,
     ) -> None:
-        """
+        """Subscribes to the engine: construct it before the engine starts.
+
         Args:
             records, blobs: the stores.
             engine: checks uploads against the base.
@@ -73,6 +76,7 @@ class AdapterService:
             base_name: the served name of the base, which no adapter may take.
             adapter_root: folder below which `load` may read, each tenant in its own subfolder; None forbids
                 it.
+            pin_share: the part, 0 to 1, of what may be pinned at all that a tenant may pin.
         """
         self._records = records
         self._blobs = blobs
@@ -80,6 +84,7 @@ class AdapterService:
         self._metrics = metrics
         self._base_name = base_name
         self._adapter_root = adapter_root
+        self.pins = AdapterPins(records, engine, pin_share)
 
     def check_name(self, name: str, *, param: str = "name") -> None:
         """Refuse what no adapter may be called.
@@ -168,8 +173,14 @@ class AdapterService:
         """Delete a name with all its versions; requests in flight finish on what they started with.
 
         Raises:
+            Forbidden: it is the base model.
             NotFound: absent, or another tenant's.
         """
+        if name == self._base_name:
+            raise Forbidden(
+                f"'{name}' is the base model, which all adapters share; only adapters can be deleted or "
+                "unloaded."
+            )
         while True:
             record = await self._record(tenant, name)
             if record is None:
@@ -179,6 +190,8 @@ class AdapterService:
                 await asyncio.to_thread(self._records.apply, removal(record, now=now))
             except StaleRecord:
                 continue
+            if Adapter.from_record(record).pinned:
+                self.pins.refresh()
             return
 
     async def download(self, tenant: str, name: str, number: int | None = None) -> Download:
@@ -211,6 +224,8 @@ class AdapterService:
         checked = await self._engine.check_adapter(config_blob, weights_blob)
         adapter = await self._publish(tenant, name, checked, config_blob, weights_blob)
         self._metrics.adapter_published(tenant, source)
+        if adapter.pinned:
+            self.pins.refresh()
         return adapter
 
     async def _publish(

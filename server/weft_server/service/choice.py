@@ -45,7 +45,8 @@ class ScoredToken:
 class ChoiceOutput:
     """News of one choice.
 
-    `finish_reason` set means that it was the last. `num_tokens` counts generated tokens.
+    `finish_reason` set means that it was the last. `num_tokens` counts generated tokens; `num_cached_tokens`
+    comes once, first: those of the prompt that were cached.
     """
 
     idx: int
@@ -53,6 +54,7 @@ class ChoiceOutput:
     tokens: list[ScoredToken]
     num_tokens: int
     finish_reason: FinishReason | None
+    num_cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ class ChoiceText:
             text += self._finish()
         finish_reason: FinishReason | None = "stop" if self._stops.stopped else delta.finish_reason
         tokens += self._release(everything=finish_reason is not None and not self._stops.stopped)
-        return ChoiceOutput(self._idx, text, tokens, self._num_tokens - num_before, finish_reason)
+        num_tokens = self._num_tokens - num_before
+        return ChoiceOutput(self._idx, text, tokens, num_tokens, finish_reason, delta.num_cached_tokens)
 
     def _finish(self) -> str:
         """What was withheld, unless a stop string has ended the text."""

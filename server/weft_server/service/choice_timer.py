@@ -47,6 +47,10 @@ class ChoiceTimer:
         self._ended = True
         self._metrics.choice_failed(self._tenant, code)
 
+    def refused(self) -> None:
+        """The choice was refused while it waited; that is counted where it was decided."""
+        self._ended = True
+
     def aborted_unless_ended(self) -> None:
         """Cleanup on every path: what neither finished nor failed was aborted."""
         if not self._ended:

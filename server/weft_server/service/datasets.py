@@ -51,7 +51,11 @@ class DatasetAbandonedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TokenizedDataset:
-    """A durable but not yet linked dataset blob and what it holds."""
+    """A durable but not yet linked dataset blob and what it holds.
+
+    Of the examples left out, `num_dropped` were longer than allowed, and `num_without_targets` would have had
+    nothing to learn from after truncation.
+    """
 
     blob: str
     num_examples: int
@@ -59,6 +63,7 @@ class TokenizedDataset:
     num_target_tokens: int
     num_truncated: int = 0
     num_dropped: int = 0
+    num_without_targets: int = 0
 
     def to_value(self) -> dict[str, Any]:
         """As stored in a job's record."""
@@ -92,7 +97,7 @@ def tokenize_dataset(
         max_seq_length: longest example, tokens.
         overlength: what happens to a longer one: `error` refuses the file, `truncate` keeps its first
             tokens, `drop`
-            leaves it out. An example that truncation leaves without targets is dropped.
+            leaves it out. An example that truncation leaves without targets is left out too.
         cancelled: asked before every line.
 
     Raises:
@@ -115,7 +120,7 @@ def tokenize_dataset(
                 _check_same_format(example, first_kind)
                 for sequence in tokenize_example(example, tokenizer):
                     fitted = _fit(sequence, max_seq_length, overlength)
-                    counts = _counted(counts, sequence, fitted)
+                    counts = _counted(counts, sequence, fitted, overlength)
                     if fitted is not None:
                         writer.add(fitted)
             except LineError as error:
@@ -141,7 +146,7 @@ def tokenize_example(example: Example, tokenizer: Tokenizer) -> list[TokenizedEx
         case CompletionExample(line, prompt, completion):
             prompt_ids = tokenizer.encode(prompt, add_special_tokens=True)
             ids = _continued(tokenizer, prompt, prompt_ids, completion, add_special_tokens=True)
-            num_context = _common_prefix(prompt_ids, ids)
+            num_context = _context(line, "prompt", prompt_ids, ids)
             return [_sequence(line, _with_end(ids, tokenizer), [(num_context, None)])]
         case TextExample(line, text):
             ids = tokenizer.encode(text, add_special_tokens=True)
@@ -182,7 +187,7 @@ def _tokenize_turn(example: ChatExample, turn: int, tokenizer: Tokenizer) -> tup
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
     answer = full[len(prompt) :] if full.startswith(prompt) else content
     ids = _continued(tokenizer, prompt, prompt_ids, answer, add_special_tokens=False)
-    num_context = _common_prefix(prompt_ids, ids)
+    num_context = _context(example.line, f"text before messages[{turn}]", prompt_ids, ids)
     return ids[:num_context] + _cut_after_end(ids[num_context:], tokenizer), num_context
 
 
@@ -205,6 +210,20 @@ def _continued(
         if tokenizer.decode(ids, skip_special_tokens=False) == text:
             return ids
     return whole
+
+
+def _context(line: int, what: str, prompt_ids: Sequence[int], ids: Sequence[int]) -> int:
+    """How many of `ids` the prompt gives, at least one: serving refuses an empty prompt, and nothing could
+    predict the first token of the answer.
+    """
+    num_context = _common_prefix(prompt_ids, ids)
+    if num_context:
+        return num_context
+    if prompt_ids:
+        reason = "has no token that ends before the answer, so the answer's first token follows nothing"
+    else:
+        reason = "has no tokens, so the answer's first token follows nothing (requests are refused likewise)"
+    raise LineError(line, f"the {what} {reason}; give a longer prompt, or text to train on all of it.")
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -260,8 +279,13 @@ def _fit(sequence: TokenizedExample, max_seq_length: int, overlength: Overlength
 
 
 def _counted(
-    counts: TokenizedDataset, sequence: TokenizedExample, fitted: TokenizedExample | None
+    counts: TokenizedDataset,
+    sequence: TokenizedExample,
+    fitted: TokenizedExample | None,
+    overlength: Overlength,
 ) -> TokenizedDataset:
+    if fitted is None and overlength == "truncate":
+        return replace(counts, num_without_targets=counts.num_without_targets + 1)
     if fitted is None:
         return replace(counts, num_dropped=counts.num_dropped + 1)
     return replace(
@@ -290,6 +314,11 @@ def _describe(errors: Sequence[LineError]) -> str:
 
 
 def _describe_empty(counts: TokenizedDataset, max_seq_length: int) -> str:
+    if counts.num_without_targets:
+        return (
+            f"All {counts.num_without_targets} examples were truncated to {max_seq_length} tokens, which "
+            "left nothing of their answers to train on; raise weft.max_seq_length or shorten their prompts."
+        )
     if counts.num_dropped == 0:
         return "The training file holds no examples; give one JSON object per line."
     return (

@@ -1,9 +1,9 @@
-"""The API process's side of the engine: starts it, watches it, restarts it, and hides a restart from those it
-can.
+"""The API process's side of the engine: generations, checks and jobs over whichever engine runs now.
 
-Implements `EnginePort` over two ZeroMQ sockets per engine process. When an engine dies, open generations are
-submitted once more to its successor with the tokens already sent as their prefix; a request that was in the
-plan at two deaths fails alone. Jobs are the job service's: it hears of every restart before anything is sent.
+Implements `EnginePort` and hides a restart from those it can: open generations are submitted once more to the
+next engine with the tokens already sent as their prefix. Who was in a fatal plan comes back on trial
+(`suspects.py`), and what is found to kill engines fails alone. Jobs are the job service's: it hears of every
+restart before anything is sent. Processes are `engine_supervisor.py`'s.
 """
 
 from __future__ import annotations
@@ -11,72 +11,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
-import tempfile
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import AsyncGenerator, Mapping, Sequence, Set
 from typing import Protocol
 from uuid import uuid4
 
 import zmq
-import zmq.asyncio
 
 from weft_server import protocol
-from weft_server.errors import ConfigError, Internal, InvalidRequest, Unavailable, WeftError
-from weft_server.flight_recorder import read_flight_record
+from weft_server.errors import (
+    DeadlineExceeded,
+    EngineCrashed,
+    Internal,
+    InvalidRequest,
+    Unavailable,
+    WeftError,
+)
 from weft_server.protocol import FromEngine, ToEngine
 from weft_server.service.engine_port import JobHandler, JobMessage, RestartHandler
-from weft_server.transport import decode, encode
+from weft_server.service.engine_process import EngineLaunch
+from weft_server.service.engine_supervisor import RETRY_AFTER_S, EngineSupervisor
+from weft_server.service.open_stream import OpenStream
+from weft_server.service.suspects import Suspects
 
 log = logging.getLogger(__name__)
 
-_HEARTBEAT_TIMEOUT_S = 30.0
-_MAX_DEATHS = 5
-_DEATH_WINDOW_S = 300.0
-_SHUTDOWN_TIMEOUT_S = 30.0
-_DRAIN_TIMEOUT_S = 2.0
-_RETRY_AFTER_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLaunch:
-    """How to start an engine process: `arguments(epoch, receive, send, flight_record)` is its command line's
-    JSON."""
-
-    config_json: Callable[[int, str, str, Path], str]
-    run_dir: Path
-
-
-@dataclass(slots=True)
-class _Stream:
-    """One open generation: the request as first sent, what came back, and how often it was in a fatal
-    plan."""
-
-    request: protocol.Generate
-    queue: asyncio.Queue[protocol.ChoiceDelta | WeftError]
-    sent: list[int] = field(default_factory=list)
-    deaths: int = 0
-    resubmissions: int = 0
-
-
-@dataclass(slots=True)
-class _Process:
-    """One engine process and its sockets."""
-
-    epoch: int
-    process: asyncio.subprocess.Process
-    to_engine: zmq.asyncio.Socket
-    from_engine: zmq.asyncio.Socket
-    flight_record: Path
-    last_heard: float
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def close(self) -> None:
-        self.to_engine.close(linger=0)
-        self.from_engine.close(linger=0)
+_CLEARING_TOKENS = 8
+"""So many tokens behind those it had at a death, more than an engine has under way, a request is cleared."""
 
 
 class EngineObserver(Protocol):
@@ -92,14 +53,8 @@ class EngineObserver(Protocol):
         """A heartbeat arrived."""
 
 
-class EngineStartFailed(WeftError):
-    """The first engine could not start; the program ends with its message."""
-
-    default_code = "engine_start_failed"
-
-
 class EngineClient:
-    """Owns the engine process. Create in a running event loop, then `start`; `stop` at the end."""
+    """Create in a running event loop, then `start`; `stop` at the end."""
 
     def __init__(
         self,
@@ -107,75 +62,50 @@ class EngineClient:
         *,
         observer: EngineObserver | None = None,
     ) -> None:
-        self._launch = launch
         self._observer = observer
-        self._context = zmq.asyncio.Context()
-        # Not below the data directory: a socket's path may have 107 bytes at most.
-        self._socket_dir = tempfile.TemporaryDirectory(prefix="weft-")
-        self._current: _Process | None = None
-        self._streams: dict[str, _Stream] = {}
+        self._supervisor = EngineSupervisor(launch, self)
+        self._streams: dict[str, OpenStream] = {}
+        self._heartbeat: protocol.Heartbeat | None = None
         self._checks: dict[str, asyncio.Future[protocol.AdapterChecked]] = {}
         self._job_handlers: list[JobHandler] = []
         self._restart_handlers: list[RestartHandler] = []
         self._job_messages: asyncio.Queue[JobMessage] = asyncio.Queue()
+        self._suspects = Suspects()
+        # The steps done of every job that is the engine's, and the jobs whose trial it has to wait for.
+        self._job_steps: dict[str, int] = {}
+        self._held_jobs: dict[str, protocol.StartJob] = {}
+        self._guilty_jobs: set[str] = set()
         self._sending: set[asyncio.Future[None]] = set()
-        self._deaths: deque[float] = deque()
-        self._epoch = 0
-        self._stopping = False
-        self._given_up = False
-        self._start_error: WeftError | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._info: protocol.EngineReady | None = None
-        self._heartbeat: protocol.Heartbeat | None = None
-        self._first_ready = asyncio.Event()
-        self.num_restarts = 0
+        self._deliverer: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------ state
 
     @property
     def ready(self) -> bool:
         """Whether an engine is up and can serve."""
-        return self._current is not None and self._current.ready.is_set()
+        return self._supervisor.ready
 
     @property
     def why_not_ready(self) -> str | None:
         """One sentence for `/ready`; None when ready."""
-        if self.ready:
-            return None
-        if self._given_up:
-            return (
-                f"the engine died {_MAX_DEATHS} times within {_DEATH_WINDOW_S:.0f} s; "
-                "see the log and restart the server"
-            )
-        return (
-            "the engine is loading the base model"
-            if self._epoch <= 1
-            else "the engine is restarting after a crash"
-        )
+        return self._supervisor.why_not_ready
 
     @property
     def info(self) -> protocol.EngineReady | None:
         """What the engine announced when it last became ready."""
-        return self._info
+        return self._supervisor.info
 
     @property
     def heartbeat(self) -> protocol.Heartbeat | None:
         """The latest heartbeat."""
         return self._heartbeat
 
-    @property
-    def engine_pid(self) -> int | None:
-        """Process id of the current engine."""
-        return None if self._current is None else self._current.process.pid
-
     # ------------------------------------------------------------ life
 
     async def start(self) -> None:
         """Start the engine and its supervision; returns at once (see `wait_ready`)."""
-        self._tasks = [
-            asyncio.create_task(self._supervise()),
-            asyncio.create_task(self._deliver_job_messages()),
-        ]
+        self._deliverer = asyncio.create_task(self._deliver_job_messages())
+        self._supervisor.start()
 
     async def wait_ready(self) -> protocol.EngineReady:
         """Wait for the first engine.
@@ -183,64 +113,40 @@ class EngineClient:
         Raises:
             EngineStartFailed: it could not start; the message says why.
         """
-        await self._first_ready.wait()
-        if self._info is None:
-            raise self._start_error or EngineStartFailed("the engine did not start")
-        return self._info
+        return await self._supervisor.wait_ready()
 
     async def stop(self) -> None:
         """Ask the engine to checkpoint its jobs and exit; kill it if it takes too long, or has none yet."""
-        self._stopping = True
-        process = self._current
-        if process is not None and process.process.returncode is None:
-            await self._end(process)
-            # The supervisor takes what the engine had sent last: the checkpoints of its jobs.
-            await asyncio.wait(self._tasks[:1], timeout=_DRAIN_TIMEOUT_S)
+        await self._supervisor.end_engine()
         while not self._job_messages.empty():
             await asyncio.sleep(0.01)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if process is not None:
-            process.close()
-        self._context.term()
-        self._socket_dir.cleanup()
-
-    async def _end(self, process: _Process) -> None:
-        if not process.ready.is_set():
-            process.process.kill()
-            await process.process.wait()
-            return
-        with contextlib.suppress(zmq.ZMQError):
-            await process.to_engine.send_multipart(encode(protocol.Shutdown(), process.epoch))
-        try:
-            await asyncio.wait_for(process.process.wait(), _SHUTDOWN_TIMEOUT_S)
-        except TimeoutError:
-            log.warning("the engine did not exit within %.0f s; killing it", _SHUTDOWN_TIMEOUT_S)
-            process.process.kill()
-            await process.process.wait()
+        if self._deliverer is not None:
+            self._deliverer.cancel()
+            await asyncio.gather(self._deliverer, return_exceptions=True)
+        await self._supervisor.aclose()
 
     # ------------------------------------------------------------ EnginePort
 
     async def generate(self, request: protocol.Generate) -> AsyncGenerator[protocol.ChoiceDelta, None]:
         """Stream one choice; see `EnginePort.generate`."""
         self._require_alive()
-        stream = _Stream(request, asyncio.Queue())
+        stream = OpenStream.begin(request)
         self._streams[request.request_id] = stream
         try:
             if self.ready:
-                await self._send(request)
+                await self._supervisor.send(request)
             while True:
-                item = await stream.queue.get()
+                item = await stream.next(lambda: self.ready)
                 if isinstance(item, WeftError):
                     raise item
                 yield item
                 if item.finish_reason is not None:
                     return
         finally:
+            self._suspects.forget(request.request_id)
             if self._streams.pop(request.request_id, None) is not None and self.ready:
                 with contextlib.suppress(WeftError, zmq.ZMQError):
-                    await self._send(protocol.Abort(request.request_id))
+                    await self._supervisor.send(protocol.Abort(request.request_id))
 
     async def check_adapter(self, config_blob: str, weights_blob: str) -> protocol.AdapterChecked:
         """Validate uploaded blobs; see `EnginePort.check_adapter`."""
@@ -249,7 +155,7 @@ class EngineClient:
         future: asyncio.Future[protocol.AdapterChecked] = asyncio.get_running_loop().create_future()
         self._checks[check_id] = future
         try:
-            await self._send(protocol.CheckAdapter(check_id, config_blob, weights_blob))
+            await self._supervisor.send(protocol.CheckAdapter(check_id, config_blob, weights_blob))
             return await future
         finally:
             self._checks.pop(check_id, None)
@@ -257,18 +163,34 @@ class EngineClient:
     async def start_job(self, message: protocol.StartJob) -> None:
         """Send a job; see `EnginePort.start_job`."""
         self._require_ready()
-        await self._send(message)
+        self._job_steps.setdefault(message.job_id, 0)
+        if self._suspects.must_wait(message.job_id):
+            self._held_jobs[message.job_id] = message
+        else:
+            await self._supervisor.send(message)
 
     async def cancel_job(self, job_id: str) -> None:
         """Stop a job; an engine that is away has none."""
+        self._forget_job(job_id)
         if self.ready:
-            await self._send(protocol.CancelJob(job_id))
+            await self._supervisor.send(protocol.CancelJob(job_id))
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         """See `EnginePort.set_tenant_weights`; an engine that starts later is told at its start."""
+        self._tell(protocol.SetTenantWeights(dict(weights)))
+
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        """See `EnginePort.set_tenant_concurrency`; an engine that starts later is told at its start."""
+        self._tell(protocol.SetTenantConcurrency(dict(max_concurrency)))
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        """See `EnginePort.set_pinned_adapters`."""
+        self._tell(protocol.SetPinnedAdapters(list(adapters)))
+
+    def _tell(self, message: ToEngine) -> None:
+        """Send what an engine that is away need not hear."""
         if self.ready:
-            message = protocol.SetTenantWeights(dict(weights))
-            self._sending.add(task := asyncio.ensure_future(self._send(message)))
+            self._sending.add(task := asyncio.ensure_future(self._supervisor.send(message)))
             task.add_done_callback(self._sending.discard)
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
@@ -280,158 +202,86 @@ class EngineClient:
         self._restart_handlers.append(handler)
 
     def _require_alive(self) -> None:
-        if self._given_up or self._stopping:
-            raise Unavailable(self.why_not_ready or "the server is stopping", retry_after_s=_RETRY_AFTER_S)
+        if self._supervisor.given_up is not None or self._supervisor.is_stopping:
+            raise Unavailable(self.why_not_ready or "the server is stopping", retry_after_s=RETRY_AFTER_S)
 
     def _require_ready(self) -> None:
         self._require_alive()
         if not self.ready:
-            raise Unavailable(self.why_not_ready or "the engine is away", retry_after_s=_RETRY_AFTER_S)
+            raise Unavailable(self.why_not_ready or "the engine is away", retry_after_s=RETRY_AFTER_S)
 
-    async def _send(self, message: ToEngine) -> None:
-        process = self._current
-        if process is None:
-            raise Unavailable("the engine is away", retry_after_s=_RETRY_AFTER_S)
-        await process.to_engine.send_multipart(encode(message, process.epoch))
+    # ------------------------------------------------------------ one engine after the other
 
-    # ------------------------------------------------------------ supervision
-
-    async def _supervise(self) -> None:
-        suspects: set[str] = set()
-        while not self._stopping:
-            process = await self._spawn()
-            self._current = process
-            receiver = asyncio.create_task(self._receive(process, suspects))
-            watcher = asyncio.create_task(self._watch(process))
-            await process.process.wait()
-            process.ready.clear()
-            # What the engine had sent before it died is still in the socket.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drained(process), 1.0)
-            receiver.cancel()
-            watcher.cancel()
-            await asyncio.gather(receiver, watcher, return_exceptions=True)
-            if self._is_stopping():
-                return
-            if self._info is None:
-                self._start_error = self._start_error or EngineStartFailed(
-                    f"the engine process ended with status {process.process.returncode} before it was ready"
-                )
-                self._first_ready.set()
-                self._given_up = True
-                return
-            self._current = None
-            suspects = self._bury(process)
-            if self._given_up:
-                return
-
-    def _is_stopping(self) -> bool:
-        return self._stopping
-
-    async def _spawn(self) -> _Process:
-        self._epoch += 1
-        run_dir = self._launch.run_dir
-        run_dir.mkdir(parents=True, exist_ok=True)
-        receive, send = (f"ipc://{self._socket_dir.name}/{name}-{self._epoch}" for name in ("to", "from"))
-        to_engine, from_engine = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
-        for socket in (to_engine, from_engine):
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.RCVHWM, 0)
-        to_engine.bind(receive)
-        from_engine.bind(send)
-        flight_record = run_dir / "plan"
-        # Should this engine die before it plans anything, the last one's record must not be read again.
-        flight_record.unlink(missing_ok=True)
-        config_json = self._launch.config_json(self._epoch, receive, send, flight_record)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "weft_server.engine", stdin=asyncio.subprocess.PIPE
-        )
-        assert process.stdin is not None  # stays open: its end tells the engine that this process is gone
-        with contextlib.suppress(ConnectionError):
-            process.stdin.write(config_json.encode() + b"\n")
-            await process.stdin.drain()
-        log.info("engine %d started (pid %d)", self._epoch, process.pid)
-        return _Process(self._epoch, process, to_engine, from_engine, flight_record, time.monotonic())
-
-    def _bury(self, process: _Process) -> set[str]:
-        """Count a death, settle what cannot go on, and return the ids that were in the dead engine's last
-        plan."""
-        suspects = read_flight_record(process.flight_record)
-        process.close()
-        self.num_restarts += 1
-        if self._observer is not None:
-            self._observer.engine_lost()
-        now = time.monotonic()
-        self._deaths.append(now)
-        while self._deaths and self._deaths[0] < now - _DEATH_WINDOW_S:
-            self._deaths.popleft()
-        log.error(
-            "engine %d died (status %s); in its plan: %d",
-            process.epoch,
-            process.process.returncode,
-            len(suspects),
-        )
-        for future in self._checks.values():
-            if not future.done():
-                future.set_exception(
-                    Unavailable("the engine restarted; try again", retry_after_s=_RETRY_AFTER_S)
-                )
-        for stream in self._streams.values():
-            if stream.request.request_id in suspects:
-                stream.deaths += 1
-            if stream.deaths >= 2:
-                stream.queue.put_nowait(
-                    Internal("the engine crashed twice while it computed this request", code="engine_crashed")
-                )
-        if len(self._deaths) >= _MAX_DEATHS:
-            self._given_up = True
-            log.critical("the engine died %d times within %.0f s; giving up", _MAX_DEATHS, _DEATH_WINDOW_S)
-            for stream in self._streams.values():
-                stream.queue.put_nowait(Unavailable(self.why_not_ready or "", retry_after_s=_RETRY_AFTER_S))
-        return suspects
-
-    async def _watch(self, process: _Process) -> None:
-        """Kill an engine whose heartbeat has stopped: a hung one is as good as dead."""
-        while True:
-            await asyncio.sleep(1.0)
-            silence = time.monotonic() - process.last_heard
-            if process.ready.is_set() and silence > _HEARTBEAT_TIMEOUT_S:
-                log.error("engine %d has been silent for %.0f s; killing it", process.epoch, silence)
-                process.process.kill()
-                return
-
-    # ------------------------------------------------------------ messages
-
-    async def _receive(self, process: _Process, suspects: set[str]) -> None:
-        while True:
-            epoch, message = decode(await process.from_engine.recv_multipart())
-            process.last_heard = time.monotonic()
-            if epoch != process.epoch:
-                continue
-            if isinstance(message, protocol.EngineReady):
-                await self._became_ready(process, message, suspects)
-            else:
-                self._dispatch(message)  # type: ignore[arg-type]
-
-    async def _drained(self, process: _Process) -> None:
-        while await process.from_engine.poll(50):
-            await asyncio.sleep(0.01)
-
-    async def _became_ready(self, process: _Process, info: protocol.EngineReady, suspects: set[str]) -> None:
-        self._info = info
+    async def engine_became_ready(self) -> None:
+        """See `EngineUser`: interrupted work goes on."""
         if self._observer is not None:
             self._observer.engine_started()
-        process.ready.set()
+        # Whatever comes from now on sends itself.
+        interrupted = list(self._streams.values())
+        guilty, self._guilty_jobs = self._guilty_jobs, set()
         for handler in self._restart_handlers:
             try:
-                await handler(suspects)
+                await handler(guilty)
             except Exception:
                 log.exception("a restart handler failed")
-        for stream in list(self._streams.values()):
-            if stream.deaths < 2:
-                stream.resubmissions += 1
-                await self._send(replace(stream.request, generated=list(stream.sent)))
-        self._first_ready.set()
+        for stream in interrupted:
+            request_id = stream.request.request_id
+            if request_id in self._streams and not self._suspects.must_wait(request_id):
+                await self._supervisor.send(stream.resubmission())
+        await self._admit_suspects()
+
+    def engine_died(self, planned: set[str]) -> None:
+        """See `EngineUser`: settle what cannot go on."""
+        if self._observer is not None:
+            self._observer.engine_lost()
+        self._convict(planned)
+        self._fail_checks("the engine restarted; try again")
+
+    def engine_given_up(self, reason: str) -> None:
+        """See `EngineUser`: fail what waits."""
+        self._fail_checks(reason)
+        for stream in self._streams.values():
+            stream.queue.put_nowait(Unavailable(reason, retry_after_s=RETRY_AFTER_S))
+
+    async def engine_said(self, message: FromEngine) -> None:
+        """See `EngineUser`."""
+        self._dispatch(message)
+        await self._admit_suspects()
+
+    def _fail_checks(self, reason: str) -> None:
+        for future in self._checks.values():
+            if not future.done():
+                future.set_exception(Unavailable(reason, retry_after_s=RETRY_AFTER_S))
+
+    def _convict(self, planned: Set[str]) -> None:
+        """Suspect what was in the fatal plan, requests first; fail what is known to kill the engine."""
+        goals = {
+            request_id: len(stream.sent) + _CLEARING_TOKENS
+            for request_id, stream in self._streams.items()
+            if request_id in planned
+        }
+        goals |= {job_id: step + 1 for job_id, step in self._job_steps.items() if job_id in planned}
+        guilty = self._suspects.engine_died(goals)
+        self._held_jobs.clear()
+        if guilty is None:
+            return
+        log.error("%s kills the engine and is not run again", guilty)
+        stream = self._streams.pop(guilty, None)
+        if stream is None:
+            self._guilty_jobs.add(guilty)
+        else:
+            stream.queue.put_nowait(EngineCrashed("the engine crashed each time it computed this request"))
+
+    async def _admit_suspects(self) -> None:
+        """Give the engine the suspects whose trial begins."""
+        if not self.ready:
+            return
+        for item_id in self._suspects.admit(time.monotonic()):
+            stream, job = self._streams.get(item_id), self._held_jobs.pop(item_id, None)
+            if stream is not None:
+                await self._supervisor.send(stream.resubmission())
+            elif job is not None:
+                await self._supervisor.send(job)
 
     def _dispatch(self, message: FromEngine) -> None:
         if isinstance(message, protocol.StepOutput):
@@ -447,12 +297,8 @@ class EngineClient:
                 stream.queue.put_nowait(_error(message.status, message.code, message.message))
         elif isinstance(message, protocol.AdapterChecked | protocol.CheckFailed):
             self._settle_check(message)
-        elif isinstance(message, protocol.EngineFailed):
-            is_configuration = message.code == ConfigError.default_code
-            kind = ConfigError if is_configuration else EngineStartFailed
-            self._start_error = kind(message.message, code=message.code)
-            log.error("the engine cannot start: %s", message.message)
         elif isinstance(message, JobMessage):
+            self._follow_job(message)
             self._job_messages.put_nowait(message)
 
     def _deliver(self, delta: protocol.ChoiceDelta) -> None:
@@ -460,9 +306,25 @@ class EngineClient:
         if stream is None:
             return
         stream.sent += delta.token_ids
+        self._suspects.progressed(delta.request_id, len(stream.sent), time.monotonic())
         if delta.finish_reason is not None:
             del self._streams[delta.request_id]
+            self._suspects.forget(delta.request_id)
         stream.queue.put_nowait(delta)
+
+    def _follow_job(self, message: JobMessage) -> None:
+        """A job that continues from a checkpoint repeats steps; they do not clear it."""
+        if isinstance(message, protocol.JobProgress):
+            if message.job_id in self._job_steps:
+                self._job_steps[message.job_id] = max(message.step, self._job_steps[message.job_id])
+            self._suspects.progressed(message.job_id, message.step, time.monotonic())
+        elif not isinstance(message, protocol.JobCheckpointed):
+            self._forget_job(message.job_id)
+
+    def _forget_job(self, job_id: str) -> None:
+        self._job_steps.pop(job_id, None)
+        self._held_jobs.pop(job_id, None)
+        self._suspects.forget(job_id)
 
     def _settle_check(self, message: protocol.AdapterChecked | protocol.CheckFailed) -> None:
         future = self._checks.get(message.check_id)
@@ -484,7 +346,9 @@ class EngineClient:
 
 
 def _error(status: int, code: str, message: str, param: str | None = None) -> WeftError:
-    kind = InvalidRequest if status < 500 else Internal
+    kind: type[WeftError] = InvalidRequest if status < 500 else Internal
+    if status == DeadlineExceeded.status:
+        kind = DeadlineExceeded
     error = kind(message, code=code, param=param)
     error.status = status
     return error

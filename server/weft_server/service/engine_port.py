@@ -6,7 +6,7 @@ the engine process over ZeroMQ and restarts it; whoever calls here knows neither
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from weft_server import protocol
@@ -49,10 +49,12 @@ class EnginePort(Protocol):
         """Stream the deltas of one choice; the last one carries `finish_reason`.
 
         The generator hides an engine restart (it pauses and goes on). Closing or cancelling it before its end
-        aborts the choice in the engine, so callers close it (`contextlib.aclosing`) on every path.
+        aborts the choice in the engine, so callers close it (`contextlib.aclosing`) on every path. The
+        request's `remaining_s` counts from the first `anext`, restarts or not.
 
         Raises:
             WeftError: the choice failed alone (`RequestFailed`), with its status and code.
+            DeadlineExceeded: `remaining_s` have passed.
             Unavailable: the engine is away.
         """
 
@@ -77,12 +79,19 @@ class EnginePort(Protocol):
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         """Give tenants new fair shares, from the next iteration on."""
 
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        """Let at most so many choices of a tenant run at a time; tenants not named have no such limit."""
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        """Keep exactly these on the device. An engine that is away is not told: tell its successor."""
+
     def subscribe_jobs(self, handler: JobHandler) -> None:
         """Call `handler` with every message about jobs, one at a time, in the engine's order."""
 
     def subscribe_restarts(self, handler: RestartHandler) -> None:
         """Call `handler` each time a new engine is ready (the first included), before anything is sent to it.
 
-        The handler receives the ids of the jobs that were in the plan when the previous engine died (empty at
-        first).
+        The handler receives the ids of the jobs that were found to kill engines since the last call: they
+        must not be started again. Other jobs that were in a fatal plan may be; `start_job` holds them back
+        until it is their turn.
         """

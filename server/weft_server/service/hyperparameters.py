@@ -87,8 +87,9 @@ class _Range:
         inside = (value > self.low if self.above else value >= self.low) and value <= self.high
         if math.isfinite(value) and inside:
             return
-        bound = f"greater than {self.low:g}" if self.above else f"at least {self.low:g}"
-        message = f"{self.param} is {value:g}; it must be {bound} and at most {self.high:g}."
+        # Exact: a rounded value may look as if it were within the bounds.
+        bound = f"greater than {self.low}" if self.above else f"at least {self.low}"
+        message = f"{self.param} is {value}; it must be {bound} and at most {self.high}."
         error = InvalidRequest if self.openai else Unprocessable
         raise error(message, param=self.param)
 
@@ -102,7 +103,7 @@ _RANGES = {
     "learning_rate": _Range("weft.learning_rate", 0, 1, above=True),
     "warmup_ratio": _Range("weft.warmup_ratio", 0, 1),
     "weight_decay": _Range("weft.weight_decay", 0, 10),
-    "max_grad_norm": _Range("weft.max_grad_norm", 0, 1e9, above=True),
+    "max_grad_norm": _Range("weft.max_grad_norm", 0, 1_000_000_000, above=True),
     "max_seq_length": _Range("weft.max_seq_length", 2, 2**31 - 1),
     "checkpoint_every": _Range("weft.checkpoint_every", 1, 1_000_000),
     "max_steps": _Range("weft.max_steps", 1, 100_000_000),
@@ -162,7 +163,7 @@ def _validate_lora(lora: LoraRequest) -> None:
             bounds.check(value)
     if lora.dropout is not None and not 0 <= lora.dropout < 1:
         raise Unprocessable(
-            f"weft.lora.dropout is {lora.dropout:g}; it must be at least 0 and less than 1.",
+            f"weft.lora.dropout is {lora.dropout}; it must be at least 0 and less than 1.",
             param="weft.lora.dropout",
         )
     if lora.target_modules is not None:

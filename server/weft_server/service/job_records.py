@@ -89,7 +89,6 @@ class Job:
     finished_at: int | None = None
     error: JobError | None = None
     fine_tuned_model: str | None = None
-    num_engine_deaths: int = 0
     lease: Lease | None = None
 
     @property

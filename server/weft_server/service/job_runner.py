@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +25,7 @@ from weft_server.service.adapter_versions import ADAPTER_KIND, version_counter
 from weft_server.service.engine_port import EnginePort, JobMessage
 from weft_server.service.job_records import Job, JobError, message_event
 from weft_server.service.job_table import JobTable
-from weft_server.service.job_updates import JobUpdate
+from weft_server.service.job_updates import JobNews, JobUpdate
 from weft_server.service.job_validation import read_training_file
 from weft_server.service.job_writer import JobWriter, TimedChange, retrying
 from weft_server.service.leases import DEFAULT_LEASE_S, needs_renewal, released, renewed, try_acquire
@@ -34,6 +34,8 @@ from weft_server.store.base import BlobMissing, BlobStore, RecordStore, StoreUna
 
 MAX_CONCURRENT_VALIDATIONS = 2
 _CLOSE_TIMEOUT_S = 5.0
+_RETRY_DELAYS_S = (0.05, 0.2, 1.0)
+"""Between attempts at a write that fails unexpectedly. A store that is away is waited for without end."""
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class JobRunner:
         *,
         exclusive_store: bool,
         lease_s: float = DEFAULT_LEASE_S,
+        published: Callable[[], None] | None = None,
     ) -> None:
         """Subscribes to the engine: construct it before the engine starts.
 
@@ -78,6 +81,7 @@ class JobRunner:
             metrics: counts finished jobs and published adapters.
             exclusive_store: no other server can share the store, so leases of others are a dead process's.
             lease_s: how long a lease lasts without renewal; `tick` is due several times as often.
+            published: called after a job has published an adapter.
         """
         self.owner = f"server-{secrets.token_hex(8)}"
         self._records = records
@@ -86,6 +90,7 @@ class JobRunner:
         self._tokenizer = tokenizer
         self._exclusive_store = exclusive_store
         self._lease_s = lease_s
+        self._published = published
         self._jobs = JobTable(records)
         self._writer = JobWriter(records, metrics, self.owner)
         self._runs: dict[str, _Run] = {}
@@ -147,16 +152,24 @@ class JobRunner:
         unfinished = await asyncio.to_thread(self._jobs.unfinished)
         now = await asyncio.to_thread(self._records.now)
         for job in unfinished:
-            run = self._runs.get(job.id)
-            if run is None:
-                await self._try_take_over(job, now)
-            else:
-                await self._keep(run, job, now)
+            try:
+                await self._reconcile_job(job, now)
+            except StoreUnavailable:
+                raise
+            except Exception:
+                logger.exception("job %s is left to the next tick", job.id)
         known = {job.id for job in unfinished}
         for run in [run for run in self._runs.values() if run.job_id not in known]:
             current = await asyncio.to_thread(self._jobs.get, run.tenant, run.job_id)
             if current is None or current.is_final:
                 await self._abandon(run)
+
+    async def _reconcile_job(self, job: Job, now: float) -> None:
+        run = self._runs.get(job.id)
+        if run is None:
+            await self._try_take_over(job, now)
+        else:
+            await self._keep(run, job, now)
 
     async def _keep(self, run: _Run, job: Job, now: float) -> None:
         lease = job.lease
@@ -206,9 +219,16 @@ class JobRunner:
         self._runs[job.id] = run
         run.writer = self._spawn(self._write_messages(run))
         if job.dataset_blob is None:
-            self._spawn(self._validate(run, job))
+            self._spawn(self._validate_surely(run, job))
         else:
             await self._send(run)
+
+    async def _validate_surely(self, run: _Run, job: Job) -> None:
+        try:
+            await self._validate(run, job)
+        except Exception as error:
+            logger.exception("reading the file of job %s failed", job.id)
+            await self._give_up(run, error)
 
     async def _validate(self, run: _Run, job: Job) -> None:
         async with self._validations:
@@ -261,25 +281,30 @@ class JobRunner:
             return
         run.inbox.put_nowait(message)
 
-    async def _engine_restarted(self, suspects: set[str]) -> None:
+    async def _engine_restarted(self, guilty: set[str]) -> None:
         """Returns at once: serving must not wait for a store that is away."""
         for run in self._runs.values():
             run.is_interrupted = run.is_interrupted or run.is_sent
             run.is_sent = False
-        self._spawn(self._resume(frozenset(suspects)))
+        self._spawn(self._resume(frozenset(guilty)))
 
-    async def _resume(self, suspects: frozenset[str]) -> None:
+    async def _resume(self, guilty: frozenset[str]) -> None:
         async with self._lock:
             for run in [run for run in self._runs.values() if run.is_interrupted]:
                 await _drained(run)
-                if not run.abandoned.is_set():
-                    await self._resume_run(run, was_in_plan=run.job_id in suspects)
+                if run.abandoned.is_set():
+                    continue
+                try:
+                    await self._resume_run(run, is_guilty=run.job_id in guilty)
+                except Exception:
+                    logger.exception("job %s is left to the next tick", run.job_id)
+                    self._forget(run)
             with suppress(StoreUnavailable):
                 await self._reconcile()
 
-    async def _resume_run(self, run: _Run, *, was_in_plan: bool) -> None:
+    async def _resume_run(self, run: _Run, *, is_guilty: bool) -> None:
         updated = await self._persist(
-            run, lambda job, now: job_updates.engine_restarted(job, was_in_plan=was_in_plan, now=now)
+            run, lambda job, now: job_updates.engine_restarted(job, is_guilty=is_guilty, now=now)
         )
         if updated is None or updated.is_final or updated.lease is None:
             self._forget(run)
@@ -293,45 +318,51 @@ class JobRunner:
             while not run.inbox.empty():
                 batch.append(run.inbox.get_nowait())
             try:
-                await self._write_batch(run, batch)
-            except Exception:
-                logger.exception("writing the progress of job %s failed", run.job_id)
+                for news in job_updates.merged(batch):
+                    await self._write_surely(run, news)
             finally:
                 for _ in batch:
                     run.inbox.task_done()
 
-    async def _write_batch(self, run: _Run, batch: list[JobMessage]) -> None:
-        """Steps that piled up while the last write ran are one write."""
-        progress: list[protocol.JobProgress] = []
-        for message in batch:
-            if isinstance(message, protocol.JobProgress):
-                progress.append(message)
-                continue
-            await self._write_progress(run, progress)
-            progress = []
-            await self._write(run, message)
-        await self._write_progress(run, progress)
+    async def _write_surely(self, run: _Run, news: JobNews) -> None:
+        """Write one piece of news; what cannot be written fails this job alone, and no other news is lost."""
+        for delay_s in _RETRY_DELAYS_S:
+            try:
+                await self._write(run, news)
+                return
+            except Exception:
+                logger.exception("writing the progress of job %s failed; trying again", run.job_id)
+            await asyncio.sleep(delay_s)
+        try:
+            await self._write(run, news)
+        except Exception as error:
+            logger.exception("writing the progress of job %s failed for good", run.job_id)
+            await self._give_up(run, error)
 
-    async def _write_progress(self, run: _Run, messages: list[protocol.JobProgress]) -> None:
-        if messages:
-            await self._persist(run, lambda job, now: job_updates.progressed(job, messages, now=now))
+    async def _give_up(self, run: _Run, error: Exception) -> None:
+        text = f"The job could not be read or recorded ({type(error).__name__}: {error}); see the log."
+        try:
+            await self._fail(run, JobError("internal_error", text))
+        except Exception:
+            logger.exception("job %s is left to the next tick, from its last checkpoint", run.job_id)
+        await self._abandon(run)
 
-    async def _write(self, run: _Run, message: JobMessage) -> None:
-        match message:
+    async def _write(self, run: _Run, news: JobNews) -> None:
+        match news:
+            case list():
+                await self._persist(run, lambda job, now: job_updates.progressed(job, news, now=now))
             case protocol.JobCheckpointed():
                 try:
-                    await self._persist(run, lambda job, now: job_updates.checkpointed(job, message, now=now))
+                    await self._persist(run, lambda job, now: job_updates.checkpointed(job, news, now=now))
                 except BlobMissing:
-                    logger.error("job %s: the checkpoint of step %d is gone", run.job_id, message.step)
+                    logger.error("job %s: the checkpoint of step %d is gone", run.job_id, news.step)
             case protocol.JobSucceeded():
-                await self._publish(run, message)
+                await self._publish(run, news)
             case protocol.JobFailed():
-                await self._fail(run, JobError(message.code, message.message, message.param))
+                await self._fail(run, JobError(news.code, news.message, news.param))
             case protocol.JobStopped():
                 logger.warning("job %s left the engine unasked; sending it again", run.job_id)
                 run.is_sent = False
-            case protocol.JobProgress():
-                await self._write_progress(run, [message])
 
     async def _publish(self, run: _Run, message: protocol.JobSucceeded) -> None:
         job = await retrying(lambda: self._jobs.get(run.tenant, run.job_id))
@@ -345,6 +376,8 @@ class JobRunner:
 
         try:
             await self._persist(run, change)
+            if self._published is not None:
+                self._published()
         except BlobMissing:
             await self._fail(
                 run, JobError("adapter_missing", "The trained adapter's stored bytes are missing or damaged.")

@@ -12,11 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from weft_server.errors import InvalidRequest
-from weft_server.protocol import JobCheckpointed, JobProgress, JobSpec, JobSucceeded
+from weft_server.protocol import (
+    JobCheckpointed,
+    JobFailed,
+    JobProgress,
+    JobSpec,
+    JobStopped,
+    JobSucceeded,
+)
 from weft_server.service.adapter_versions import AdapterVersion, publication
 from weft_server.service.datasets import TokenizedDataset
+from weft_server.service.engine_port import JobMessage
 from weft_server.service.job_records import (
     BlobRole,
     Job,
@@ -29,7 +38,8 @@ from weft_server.service.job_records import (
 )
 from weft_server.store.base import Change, Link, Record, Unlink
 
-MAX_ENGINE_DEATHS = 2
+JobNews: TypeAlias = list[JobProgress] | JobCheckpointed | JobSucceeded | JobFailed | JobStopped
+"""What is written at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,19 @@ class JobUpdate:
 
     job: Job
     changes: tuple[Change, ...] = ()
+
+
+def merged(messages: Sequence[JobMessage]) -> list[JobNews]:
+    """The engine's messages in order, successive steps as one: they piled up while the last write ran."""
+    news: list[JobNews] = []
+    for message in messages:
+        if not isinstance(message, JobProgress):
+            news.append(message)
+        elif news and isinstance(news[-1], list):
+            news[-1].append(message)
+        else:
+            news.append([message])
+    return news
 
 
 def tokenized(job: Job, dataset: TokenizedDataset, spec: JobSpec, *, now: float) -> JobUpdate | None:
@@ -50,9 +73,18 @@ def tokenized(job: Job, dataset: TokenizedDataset, spec: JobSpec, *, now: float)
     changes: list[Change] = [Link(dataset.blob, blob_owner(job, "dataset"))]
     if job.training_blob is not None:
         changes.append(Unlink(job.training_blob, blob_owner(job, "training")))
-    for count, what in ((dataset.num_truncated, "truncated"), (dataset.num_dropped, "dropped")):
+    longer = f"examples longer than {job.max_seq_length} tokens were"
+    for count, what in (
+        (dataset.num_truncated, f"{longer} truncated"),
+        (dataset.num_dropped, f"{longer} dropped"),
+        (
+            dataset.num_without_targets,
+            f"examples were left out, because truncation to {job.max_seq_length} tokens left nothing of "
+            "their answers to train on",
+        ),
+    ):
         if count:
-            text = f"{count} examples longer than {job.max_seq_length} tokens were {what}"
+            text = f"{count} {what}"
             changes.append(message_event(job, text, now=now, level="warn"))
     text = (
         f"Files validated, moving job to queued state: {dataset.num_examples} examples, {spec.total_steps} "
@@ -155,19 +187,19 @@ def cancelled(job: Job, *, now: float) -> JobUpdate:
     return _finished(job, replace(job, status="cancelled", finished_at=int(now)), changes)
 
 
-def engine_restarted(job: Job, *, was_in_plan: bool, now: float) -> JobUpdate | None:
-    """The engine died and is back: the job continues under a new epoch, unless it was in the plan twice."""
+def engine_restarted(job: Job, *, is_guilty: bool, now: float) -> JobUpdate | None:
+    """The engine died and is back: the job continues under a new epoch, unless it was what killed it."""
     if job.is_final or job.lease is None:
         return None
-    num_deaths = job.num_engine_deaths + was_in_plan
-    if num_deaths >= MAX_ENGINE_DEATHS:
+    if is_guilty:
         error = JobError(
             "engine_crashed",
-            f"The engine died {num_deaths} times while this job ran on it, so the job is not tried again.",
+            "The engine died each time it ran this job, and no other suspect was beside it the last time, so "
+            "the job is not tried again.",
         )
-        return failed(replace(job, num_engine_deaths=num_deaths), error, now=now)
+        return failed(job, error, now=now)
     lease = replace(job.lease, epoch=job.lease.epoch + 1)
-    continued = replace(job, num_engine_deaths=num_deaths, lease=lease, pace=None)
+    continued = replace(job, lease=lease, pace=None)
     changes: tuple[Change, ...] = ()
     if job.status == "running":
         text = f"The engine restarted; continuing from step {job.checkpoint_step}"

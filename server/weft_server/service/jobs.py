@@ -25,6 +25,7 @@ from weft_server.service.adapters import AdapterService
 from weft_server.service.engine_port import EnginePort
 from weft_server.service.files import FILE_KIND, StoredFile, file_not_found
 from weft_server.service.hyperparameters import MODULES, HyperparameterRequest
+from weft_server.service.idempotency import IdempotencyKey, IdempotencyTable
 from weft_server.service.job_records import JOB_KIND, Job, blob_owner, event_stream, message_event
 from weft_server.service.job_runner import JobRunner
 from weft_server.service.job_table import JobTable
@@ -38,6 +39,7 @@ from weft_server.store.base import (
     Link,
     Record,
     RecordStore,
+    StaleRecord,
     StoreUnavailable,
 )
 
@@ -50,7 +52,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What the caller asks for. `model` is the base, `name` or `name@3`."""
+    """What the caller asks for. `model` is the base, `name` or `name@3`.
+
+    With `idempotency`, asking again makes no second job.
+    """
 
     model: str
     training_file: str
@@ -58,6 +63,7 @@ class NewJob:
     adapter_name: str | None = None
     metadata: Mapping[str, str] | None = None
     hyperparameters: HyperparameterRequest = field(default_factory=HyperparameterRequest)
+    idempotency: IdempotencyKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +111,16 @@ class JobService:
         self._base_name = base_name
         self._lease_s = lease_s
         self._jobs = JobTable(records)
+        self._keys = IdempotencyTable(records)
         self._runner = JobRunner(
-            records, blobs, engine, tokenizer, metrics, exclusive_store=exclusive_store, lease_s=lease_s
+            records,
+            blobs,
+            engine,
+            tokenizer,
+            metrics,
+            exclusive_store=exclusive_store,
+            lease_s=lease_s,
+            published=adapters.pins.refresh,
         )
         self._loop: asyncio.Task[None] | None = None
 
@@ -134,13 +148,19 @@ class JobService:
     async def create(self, tenant: str, request: NewJob) -> Job:
         """Submit a job; it is durable when this returns, its file is read afterwards.
 
+        Where the request's key has been used before, the job that was made then is returned.
+
         Raises:
             InvalidRequest: a value or a combination is refused.
             Unprocessable: a value of the `weft` object is refused.
             NotFound: the file or the model is absent, or another tenant's.
-            Conflict: the adapter name is the base's.
+            Conflict: the adapter name is the base's, or the key was used for another request.
             Unavailable: the engine or the store is away.
         """
+        if request.idempotency is not None:
+            earlier = await self._made_before(tenant, request.idempotency)
+            if earlier is not None:
+                return earlier
         info = self._engine_info()
         hyperparameters.validate(request.hyperparameters, context_tokens=info.max_model_len)
         file = await self._training_file(tenant, request.training_file)
@@ -170,12 +190,31 @@ class JobService:
             lease=Lease(self._runner.owner, epoch=1, until=now + self._lease_s),
         )
         try:
-            await asyncio.to_thread(self._jobs.create, job, _first_changes(job, now=now))
+            await asyncio.to_thread(self._store, job, request.idempotency, now)
         except BlobMissing:
             # Deleted since it was looked up.
             raise file_not_found(request.training_file, param="training_file") from None
+        except StaleRecord:
+            if request.idempotency is None:
+                raise
+            # The same request has been faster.
+            earlier = await self._made_before(tenant, request.idempotency)
+            if earlier is None:
+                raise
+            return earlier
         self._runner.run_created(job)
         return job
+
+    def _store(self, job: Job, key: IdempotencyKey | None, now: float) -> None:
+        changes = [*_first_changes(job, now=now)]
+        if key is not None:
+            self._keys.forget_expired(job.tenant)
+            changes.append(self._keys.claim(job.tenant, key, job.id))
+        self._jobs.create(job, changes)
+
+    async def _made_before(self, tenant: str, key: IdempotencyKey) -> Job | None:
+        job_id = await asyncio.to_thread(self._keys.find, tenant, key)
+        return None if job_id is None else await self.get(tenant, job_id)
 
     async def list(
         self,

@@ -1,13 +1,14 @@
-"""Merging asynchronous generators: items of all, in the order in which they come."""
+"""Merging asynchronous generators: items of all, in the order in which they come; or giving one up."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 _MAX_QUEUED_PER_STREAM = 16
 
@@ -50,6 +51,33 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
         for task in pumps:
             task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def unless_first(stream: AsyncGenerator[T, None], error: asyncio.Future[E]) -> AsyncGenerator[T, None]:
+    """Yield from `stream`, unless `error` comes before its first item.
+
+    The stream has been closed when this returns.
+
+    Raises:
+        E: it came first.
+    """
+    async with aclosing(stream):
+        first = asyncio.ensure_future(anext(stream, None))
+        try:
+            either: set[asyncio.Future[Any]] = {first, error}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if error.done():
+                raise error.result()
+        finally:
+            if not first.done():
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+        item = first.result()
+        if item is None:
+            return
+        yield item
+        async for item in stream:
+            yield item
 
 
 class _End:

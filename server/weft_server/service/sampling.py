@@ -6,7 +6,8 @@ Pure values. The wire format is the API's, the drawing the engine's.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,42 @@ from typing import Any
 from weft_server.errors import ConfigError, InvalidRequest
 from weft_server.protocol import SamplingParams
 from weft_server.service.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_NOT_IMPLEMENTED: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "constraints": (),
+    "force_words_ids": (),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "top_h": (),
+    "guidance_scale": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "exponential_decay_length_penalty": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "stop_strings": ([],),
+    "max_time": (),
+    "watermarking_config": (),
+    "token_healing": (False,),
+    "remove_invalid_values": (False,),
+}
+"""Keys of `generation_config.json` that change what transformers generates, and at which values they do not
+(null never does).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +93,7 @@ class GenerationDefaults:
 
 
 def read_generation_defaults(path: Path, *, required: bool = False) -> GenerationDefaults:
-    """Read `generation_config.json`.
+    """Read `generation_config.json`. Warns of keys that would change the output and are not implemented.
 
     Args:
         path: the file, or the directory that has it.
@@ -76,6 +113,7 @@ def read_generation_defaults(path: Path, *, required: bool = False) -> Generatio
         raise ConfigError(f"{file}: cannot be read as JSON: {error}.") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: must be a JSON object.")
+    _warn_of_ignored(file, config)
     top_k = _number(file, config, "top_k", 0, 0, 2**31)
     max_new_tokens = _number(file, config, "max_new_tokens", 0, 1, 2**31)
     # An explicit `do_sample: false` is the model author's wish for greedy decoding.
@@ -88,6 +126,20 @@ def read_generation_defaults(path: Path, *, required: bool = False) -> Generatio
         repetition_penalty=_number(file, config, "repetition_penalty", 1.0, 1e-9, 100.0),
         max_new_tokens=int(max_new_tokens) or None,
     )
+
+
+def _warn_of_ignored(file: Path, config: Mapping[str, Any]) -> None:
+    ignored = [
+        f"{key} = {json.dumps(config[key])}"
+        for key, neutral in _NOT_IMPLEMENTED.items()
+        if config.get(key) is not None and config[key] not in neutral
+    ]
+    if ignored:
+        log.warning(
+            "%s: %s would change the output and is not implemented; requests are answered without",
+            file,
+            ", ".join(ignored),
+        )
 
 
 def merge_sampling(
@@ -131,20 +183,20 @@ def merge_sampling(
         logit_bias=dict(request.logit_bias),
         seed=seed,
         min_tokens=request.min_tokens,
-        stop_token_ids=_stop_ids(request, tokenizer),
+        stop_token_ids=_stop_ids(request, tokenizer, vocab_size),
         logprobs=request.logprobs,
         prompt_logprobs=prompt_logprobs,
     )
 
 
-def _stop_ids(request: SamplingRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _stop_ids(request: SamplingRequest, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """End-of-sequence ids, the request's, and those of stop strings that are special tokens (which show no
-    text).
+    text); without those of the tokenizer that the model cannot produce.
     """
     eos = () if request.ignore_eos else tokenizer.stop_ids
     special = [tokenizer.token_to_id(stop) for stop in request.stop]
     ids = (*eos, *request.stop_token_ids, *(idx for idx in special if idx in tokenizer.special_ids))
-    return tuple(dict.fromkeys(idx for idx in ids if idx is not None))
+    return tuple(dict.fromkeys(idx for idx in ids if idx is not None and idx < vocab_size))
 
 
 def _check_ids(param: str, token_ids: Sequence[int], vocab_size: int) -> None:

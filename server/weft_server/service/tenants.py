@@ -8,6 +8,7 @@ nothing of HTTP beyond the `Authorization` value it is handed.
     weight = 2.0
     keys = ["sha256:9f86d0…"]
     admin = false
+    max_concurrency = 16
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from weft_server.errors import ConfigError, Unauthenticated
 
 DEFAULT_TENANT_NAME = "default"
 KEY_PREFIX = "weft-"
+MAX_CONCURRENCY = 1_000_000
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_ALLOWED = ("name", "weight", "keys", "admin")
+_ALLOWED = ("name", "weight", "keys", "admin", "max_concurrency")
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +41,14 @@ logger = logging.getLogger(__name__)
 class Tenant:
     """Whose objects a request sees.
 
-    `weight` is its share under contention, relative to the other tenants'.
+    `weight` is its share under contention, relative to the other tenants'; at most `max_concurrency` of its
+    choices are computed at a time.
     """
 
     name: str
     weight: float = 1.0
     is_admin: bool = False
+    max_concurrency: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +89,28 @@ class TenantRegistry:
             self._by_digest, self._tenants = read_keys_file(path)
 
     @property
-    def has_keys(self) -> bool:
-        """Whether callers must bring a key."""
-        return self._path is not None
-
-    @property
     def tenants(self) -> tuple[Tenant, ...]:
         """The configured tenants, in the file's order."""
         return self._tenants
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights by tenant."""
+        return {tenant.name: tenant.weight for tenant in self._tenants}
+
+    @property
+    def max_concurrency(self) -> dict[str, int]:
+        """The concurrency of the tenants that have a limit."""
+        return {
+            tenant.name: tenant.max_concurrency
+            for tenant in self._tenants
+            if tenant.max_concurrency is not None
+        }
+
+    def share(self, name: str) -> float:
+        """A tenant's weight over those of all tenants; 0 for an unknown one."""
+        weights = self.weights
+        return weights.get(name, 0.0) / sum(weights.values())
 
     def authenticate(self, authorization: str | None) -> Tenant:
         """The tenant of an `Authorization: Bearer <key>` value.
@@ -189,6 +207,13 @@ def _read_entry(where: str, entry: Mapping[str, Any]) -> tuple[Tenant, list[str]
     tenant_name = check_tenant_name(f"{where}.name", name)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1e6:
         raise ConfigError(f"{where}.weight: {weight!r} is not allowed; a number above 0, at most 1e6.")
+    concurrency = entry.get("max_concurrency")
+    is_whole = isinstance(concurrency, int) and not isinstance(concurrency, bool)
+    if concurrency is not None and not (is_whole and 1 <= concurrency <= MAX_CONCURRENCY):
+        raise ConfigError(
+            f"{where}.max_concurrency: {concurrency!r} is not allowed; a whole number from 1 to "
+            f"{MAX_CONCURRENCY}, or leave it out."
+        )
     if not isinstance(admin, bool):
         raise ConfigError(f"{where}.admin: {admin!r} is not allowed; true or false.")
     if not isinstance(keys, list) or not keys:
@@ -201,4 +226,4 @@ def _read_entry(where: str, entry: Mapping[str, Any]) -> tuple[Tenant, list[str]
                 f"{where}.keys: an entry is not 'sha256:' and 64 lower-case hex digits; the file holds "
                 "digests, not keys (`weft keys new` prints both)."
             )
-    return Tenant(tenant_name, float(weight), admin), keys
+    return Tenant(tenant_name, float(weight), admin, concurrency), keys

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ class Tokenizer:
         """
         self._backend = backend
         self.special_tokens = dict(special_tokens or {})
-        self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
         eos = () if self.eos_token_id is None else (self.eos_token_id,)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*eos, *stop_ids)))
@@ -95,9 +94,24 @@ class Tokenizer:
         """Number of ids, added tokens included (the model's may be padded to more)."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def max_chars_per_token(self) -> int:
+        """Characters of a text that one token can stand for: the length of the longest token.
+
+        A byte-level vocabulary without normalizer spells every byte of a text. Others may shorten a text
+        first, or join what they do not know into one token; they get four times as much, which is what
+        composing characters (NFC) can take. Only texts that lose still more, such as long runs of spaces in
+        front of a tokenizer that collapses them, could have fitted beyond that.
+        """
+        longest = max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+        is_exact = self.is_byte_level and self._backend.normalizer is None
+        return longest if is_exact else 4 * longest
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids. With `add_special_tokens`, what the tokenizer puts around a text (often a BOS)."""
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # The library releases the interpreter lock in its batch calls alone.
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(batch[0].ids)
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool = True
@@ -105,7 +119,7 @@ class Tokenizer:
         """Token ids, and for each the character of `text` at which it starts (special tokens: where they
         stand).
         """
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         starts: list[int] = []
         for (start, end), is_special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             previous = starts[-1] if starts else 0
@@ -124,6 +138,21 @@ class Tokenizer:
         Raises:
             InvalidRequest: there is no chat template, or it refuses the conversation.
         """
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as the chat template's text, to be encoded without adding special tokens.
+
+        Raises:
+            InvalidRequest: there is no chat template, or it refuses the conversation.
+        """
         if self.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template, so it cannot take messages. Use /v1/completions, or start "
@@ -131,10 +160,9 @@ class Tokenizer:
                 param="messages",
                 code="no_chat_template",
             )
-        text = self.chat_template.render(
+        return self.chat_template.render(
             messages, add_generation_prompt=add_generation_prompt, variables=variables
         )
-        return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids; a cut character shows as U+FFFD."""

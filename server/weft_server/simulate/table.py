@@ -27,6 +27,8 @@ def report_lines(report: Report, slo: Slo) -> list[str]:
         f"memory         KV {report.kv_mean:.1%} on average, {report.kv_peak:.1%} at most; "
         f"{report.num_preemptions} preemptions, {report.num_packs_dropped} packs dropped",
     ]
+    if report.prefix_hit_rate is not None:
+        lines.append(f"prefix cache   {report.prefix_hit_rate:.1%} of the prompt tokens found")
     if report.adapter_hit_rate is not None:
         lines.append(
             f"adapters       {report.adapter_hit_rate:.1%} on the device at arrival; "

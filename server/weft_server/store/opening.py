@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from weft_server.errors import ConfigError
-from weft_server.store.base import BlobStore, RecordStore
+from weft_server.store.base import BlobStore, RecordStore, StoreUnavailable
 from weft_server.store.disk import DiskBlobStore
 from weft_server.store.sqlite import SqliteRecordStore
 
@@ -88,6 +88,13 @@ def _open_redis(url: str, *, volatile: bool) -> Store:
     try:
         refuse_lossy_server(server, volatile=volatile)
         return Store(RedisRecordStore(server), RedisBlobStore(server))
+    except StoreUnavailable as error:
+        server.close()
+        # The operator, unlike tenants, may and must know where.
+        raise StoreUnavailable(
+            f"Redis at {server.address}: {error.message} ({error.__cause__})",
+            retry_after_s=error.retry_after_s,
+        ) from error
     except BaseException:
         server.close()
         raise

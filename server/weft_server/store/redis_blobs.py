@@ -88,7 +88,7 @@ class RedisBlobStore:
         final = digest.hexdigest()
         if not self._publish([upload, blob_key(final)], [num_bytes, num_chunks]):
             raise StoreUnavailable(
-                f"Redis at {self._server.address} lost part of an upload "
+                "The Redis store lost part of an upload "
                 "(it was restarted, or the upload paused for too long); try again",
                 retry_after_s=1.0,
             )

@@ -116,12 +116,12 @@ class RedisServer:
         try:
             yield
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            raise StoreUnavailable(
-                f"Redis at {self.address} does not answer: {error}", retry_after_s=1.0
-            ) from error
+            _log.warning("Redis at %s does not answer: %s", self.address, error)
+            raise StoreUnavailable("The Redis store does not answer; try again", retry_after_s=1.0) from error
         except redis.RedisError as error:
+            _log.warning("Redis at %s refused a command: %s", self.address, error)
             raise StoreUnavailable(
-                f"Redis at {self.address} refused a command: {error}", retry_after_s=5.0
+                f"The Redis store refused a command: {error}", retry_after_s=5.0
             ) from error
 
 

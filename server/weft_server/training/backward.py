@@ -39,7 +39,6 @@ class _Window:
     spans: tuple[tuple[PackPlacement, int, int], ...]
     chunks: tuple[tuple[PackPlacement, PackChunk], ...]
     batch: TokenBatch
-    num_rows: int
 
 
 class WindowedBackward:
@@ -114,8 +113,7 @@ class WindowedBackward:
             slots.append(placement.block_table[tokens // block_size] * block_size + tokens % block_size)
             row += end - first
         device = self._decoder.device
-        empty = torch.empty(0, dtype=torch.int64, device=device)
-        attention = AttentionBatch(0, empty.view(0, 0), empty, [chunk.chunk for _, chunk in chunks])
+        attention = AttentionBatch((), [chunk.chunk for _, chunk in chunks])
         batch = TokenBatch(
             positions=torch.cat([p.pack.positions[first:end] for p, first, end in spans]),
             slot_mapping=torch.cat(slots),
@@ -123,7 +121,7 @@ class WindowedBackward:
             lora=LoraBatch.build(lora_runs, device),
             dropout=training_dropout([(p.pack, first, end) for p, first, end in spans], 0, row, device),
         )
-        return _Window(tuple(spans), tuple(chunks), batch, row)
+        return _Window(tuple(spans), tuple(chunks), batch)
 
     def _chunk_keys(self, prepared: _Window, layer: int) -> list[ChunkKeys]:
         shape = (self._decoder.config.num_kv_heads, self._decoder.config.head_dim)

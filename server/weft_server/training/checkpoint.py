@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from weft_server.training.job import FinetuneJob
@@ -49,7 +48,7 @@ def take_checkpoint(job: FinetuneJob) -> Checkpoint:
 
 
 def restore_checkpoint(job: FinetuneJob, blob: bytes) -> None:
-    """Continue a job from a checkpoint.
+    """Continue a job from a checkpoint; in host memory, before the job has its place on the device.
 
     Raises:
         CheckpointError: not a checkpoint, or one of another job or adapter shape.
@@ -64,15 +63,9 @@ def restore_checkpoint(job: FinetuneJob, blob: bytes) -> None:
         master = tensors["master"]
     except (KeyError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"the checkpoint cannot be read: {error}") from error
-    if state["job_id"] != job.job_id or master.shape != job.optimizer.master.shape:
+    if state["job_id"] != job.job_id or master.shape != job.adapter.weights.shape:
         raise CheckpointError(
             f"the checkpoint is of job {state['job_id']} with {master.numel()} parameters, "
-            f"not of {job.job_id} with {job.optimizer.master.numel()}"
+            f"not of {job.job_id} with {job.adapter.weights.numel()}"
         )
-    job.optimizer.load_state(tensors)
-    job.num_steps_done, job.trained_tokens = state["step"], state["trained_tokens"]
-
-
-def current_weights(job: FinetuneJob) -> Tensor:
-    """The flat adapter weights after the last step, a copy on the CPU in the master's dtype."""
-    return job.optimizer.master.detach().to("cpu", torch.float32, copy=True)
+    job.restore(tensors, state["step"], state["trained_tokens"])

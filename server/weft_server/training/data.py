@@ -8,7 +8,6 @@ uint8 `[total]` (1 where the token is to be predicted), `offsets` int64 `[n + 1]
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import safetensors.torch
 import torch
@@ -41,15 +40,17 @@ class DatasetError(Exception):
 
 
 class Dataset:
-    """Read-only access to the examples of a tokenized dataset."""
+    """Read-only access to the examples of a tokenized dataset; `lengths` are their tokens."""
 
     def __init__(self, blob: bytes) -> None:
         try:
             tensors = safetensors.torch.load(blob)
             self._tokens = tensors["tokens"].to(torch.int64)
             self._targets = tensors["targets"].to(torch.bool)
-            self._offsets = [int(offset) for offset in tensors["offsets"]]
-            self._lines = [int(line) for line in tensors["lines"]]
+            # `tolist`, and no loop over tensors: this runs beside the engine's loop.
+            self._offsets: list[int] = tensors["offsets"].tolist()
+            self._lines: list[int] = tensors["lines"].tolist()
+            self.lengths: list[int] = tensors["offsets"].diff().tolist()
         except (KeyError, ValueError, OSError, safetensors.SafetensorError) as error:
             raise DatasetError(f"the tokenized dataset cannot be read: {error}") from error
         if len(self._offsets) != len(self._lines) + 1 or self._offsets[-1] != len(self._tokens):
@@ -61,11 +62,6 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self._lines)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [end - start for start, end in pairwise(self._offsets)]
 
     def line(self, idx: int) -> int:
         """The 1-based line of the JSONL file that an example came from."""
@@ -85,13 +81,28 @@ class Dataset:
         return Example(idx=idx, line=self._lines[idx], tokens=tokens, labels=labels)
 
 
-def examples_of_step(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Indices of the examples of optimizer step `step` (from 0): a fresh seeded permutation every epoch.
+class ExampleOrder:
+    """In which order a job sees its examples: a fresh seeded permutation every epoch.
 
-    A pure function of its arguments, so that a resumed job sees exactly the data that it would have seen.
+    What a step gets is a pure function of the arguments and the step, so that a resumed job sees exactly the
+    data that it would have seen. The permutation of the last epoch asked for is kept.
     """
-    steps_per_epoch = -(-num_examples // batch_size)
-    epoch, step_in_epoch = divmod(step, steps_per_epoch)
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order: list[int] = torch.randperm(num_examples, generator=generator).tolist()
-    return order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size]
+
+    def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch: int | None = None
+        self._order = torch.empty(0, dtype=torch.int64)
+
+    def of_step(self, step: int) -> list[int]:
+        """Indices of the examples of optimizer step `step` (from 0)."""
+        steps_per_epoch = -(-self._num_examples // self._batch_size)
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
+            self._order = torch.randperm(self._num_examples, generator=generator)
+            self._epoch = epoch
+        first = step_in_epoch * self._batch_size
+        examples: list[int] = self._order[first : first + self._batch_size].tolist()
+        return examples

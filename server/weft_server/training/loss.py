@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft_server.model.decoder import rms_norm_backward
-from weft_server.training.data import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +23,24 @@ class WindowLoss:
 
 
 def loss_head(
-    hidden: Tensor, labels: Tensor, norm: Tensor, lm_head: Tensor, *, eps: float, chunk_rows: int = 256
+    hidden: Tensor,
+    labels: Tensor,
+    trained: Tensor,
+    norm: Tensor,
+    lm_head: Tensor,
+    *,
+    eps: float,
+    chunk_rows: int = 256,
 ) -> WindowLoss:
     """Final norm, frozen head and cross-entropy of `[T, hidden]` against `labels` `[T]`, with the gradient.
 
-    Only trained rows are computed, `chunk_rows` at a time. Log-probabilities are fp32 (fp64 for fp64 inputs).
+    `trained` `[n]` int64 are the rows that have a label. Only they are computed, `chunk_rows` at a time.
+    Log-probabilities are fp32 (fp64 for fp64 inputs).
     """
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = torch.zeros(len(labels), dtype=wide, device=hidden.device)
     correct = torch.zeros(len(labels), dtype=torch.bool, device=hidden.device)
     d_hidden = torch.zeros_like(hidden)
-    trained = (labels != IGNORED).nonzero().squeeze(1)
     for rows in torch.split(trained, chunk_rows):
         x, target = hidden.index_select(0, rows), labels.index_select(0, rows)
         normed = F.rms_norm(x, (x.shape[-1],), norm, eps)

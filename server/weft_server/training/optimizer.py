@@ -5,6 +5,7 @@ Gradients arrive as sums over the step's trained tokens; the division by their n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,15 +19,12 @@ _CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True, slots=True)
-class OptimizerReport:
-    """What one update did: the gradient norm before clipping and the learning rate used."""
+class OptimizerUpdate:
+    """An update that was issued: the gradient norm before clipping, a scalar on the device, and the learning
+    rate."""
 
-    grad_norm: float
+    grad_norm: Tensor
     learning_rate: float
-
-
-class NonFiniteGradient(Exception):
-    """The gradient's norm is NaN or infinite; nothing was updated."""
 
 
 class FlatAdamW:
@@ -44,18 +42,18 @@ class FlatAdamW:
         self._spec = spec
 
     @torch.no_grad()
-    def step(self, step: int, num_target_tokens: int) -> OptimizerReport:
-        """Update with the accumulated gradient sum, then clear it.
+    def step(self, step: int, num_target_tokens: int, is_valid: Tensor | None = None) -> OptimizerUpdate:
+        """Issue the update with the accumulated gradient sum, then clear it; waits for nothing.
 
-        Raises:
-            NonFiniteGradient: the norm is not finite.
+        Nothing but the gradient changes where its norm is not finite, or where `is_valid`, a bool scalar on
+        the device, is false.
         """
         self.grad /= max(1, num_target_tokens)
-        norm = float(torch.linalg.vector_norm(self.grad))
-        if not norm < float("inf"):
-            raise NonFiniteGradient(f"gradient norm {norm}")
+        norm = torch.linalg.vector_norm(self.grad)
+        is_finite = torch.isfinite(norm)
+        skip = ~(is_finite if is_valid is None else is_finite & is_valid)
         if self._spec.max_grad_norm > 0:
-            self.grad *= min(1.0, self._spec.max_grad_norm / (norm + _CLIP_EPS))
+            self.grad *= (self._spec.max_grad_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
         rate = learning_rate(self._spec, step)
         adamw(
             [self.master],
@@ -65,6 +63,7 @@ class FlatAdamW:
             [],
             [self._num_updates],
             fused=True,
+            found_inf=skip.to(torch.float32),
             amsgrad=False,
             beta1=self._spec.adam_beta1,
             beta2=self._spec.adam_beta2,
@@ -74,7 +73,7 @@ class FlatAdamW:
             maximize=False,
         )
         self.grad.zero_()
-        return OptimizerReport(grad_norm=norm, learning_rate=rate)
+        return OptimizerUpdate(grad_norm=norm, learning_rate=rate)
 
     def state(self) -> dict[str, Tensor]:
         """Copies of `master`, `m`, `v` on the CPU, and Adam's own step count `[1]`."""
@@ -86,10 +85,10 @@ class FlatAdamW:
         }
         return {name: vector.to("cpu", copy=True) for name, vector in vectors.items()}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        self.master.copy_(state["master"])
-        self._m.copy_(state["m"])
-        self._v.copy_(state["v"])
-        self._num_updates.copy_(state["adam_step"].reshape(()))
+        self.master.copy_(state["master"], non_blocking=True)
+        self._m.copy_(state["m"], non_blocking=True)
+        self._v.copy_(state["v"], non_blocking=True)
+        self._num_updates.copy_(state["adam_step"].reshape(()), non_blocking=True)
         self.grad.zero_()

@@ -7,6 +7,7 @@ example, and gradients are sums, so how examples are packed changes nothing but 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from weft_kernels.attention import AttentionChunk, make_chunk
+from weft_kernels.transfer import upload_tensor
 from weft_server.training.data import IGNORED, Example
 
 
@@ -36,8 +38,10 @@ class Pack:
     """One pack of a job's current step, from its first forward window to the end of its backward.
 
     `n` is its number of tokens. `token_ids`, `positions` and `labels` are `[n]` int64 on the device; `starts`
-    are the first tokens of its examples, with `n` appended. `layer_inputs` `[L, n, hidden]` and `d_hidden`
-    `[n, hidden]` (the cotangent at the backward cursor) live from the first window on.
+    are the first tokens of its examples, with `n` appended; `trained` are the tokens that have a label,
+    ascending, and `trained_ids` the same `[num_targets]` int64 on the device. `layer_inputs`
+    `[L, n, hidden]` and `d_hidden` `[n, hidden]` (the cotangent at the backward cursor) live from the first
+    window on.
     """
 
     pack_id: str
@@ -47,7 +51,8 @@ class Pack:
     token_ids: Tensor
     positions: Tensor
     labels: Tensor
-    num_targets: int
+    trained: tuple[int, ...]
+    trained_ids: Tensor
     dropout_p: float = 0.0
     dropout_keys: Tensor | None = None
     layer_inputs: Tensor | None = None
@@ -60,6 +65,16 @@ class Pack:
     def num_tokens(self) -> int:
         """Tokens in the pack."""
         return self.starts[-1]
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that have a label."""
+        return len(self.trained)
+
+    def trained_rows(self, first: int, end: int) -> Tensor:
+        """The tokens of `[first, end)` that have a label, counted from `first`: int64 on the device."""
+        window = slice(bisect_left(self.trained, first), bisect_left(self.trained, end))
+        return self.trained_ids[window] - first
 
     def allocate(self, num_layers: int, hidden_size: int, dtype: torch.dtype) -> None:
         """Take the memory that the pack keeps between forward and backward (idempotent)."""
@@ -110,13 +125,12 @@ class Pack:
                 chunks.append(PackChunk(chunk, start))
         return chunks
 
-    def loss_by_example(self) -> list[float]:
-        """Summed loss of each example (waits for the device)."""
+    def loss_by_example(self) -> Tensor:
+        """Summed loss of each example, `[examples]` on the device."""
         if self.losses is None:
             raise RuntimeError(f"pack {self.pack_id} has not been forwarded")
         sums = [self.losses[a:b].sum() for a, b in zip(self.starts[:-1], self.starts[1:], strict=True)]
-        values: list[float] = torch.stack(sums).tolist()
-        return values
+        return torch.stack(sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +160,20 @@ def make_pack(
     keys = None
     if dropout_p > 0:
         example_ids = torch.cat([torch.full((n,), e.idx) for e, n in zip(examples, lengths, strict=True)])
-        keys = _dropout_keys(seed, step, example_ids, positions).to(device)
+        keys = _dropout_keys(seed, step, example_ids, positions)
+        keys = upload_tensor(keys, device)
     labels = torch.cat([example.labels for example in examples])
+    trained = (labels != IGNORED).nonzero().squeeze(1)
     return Pack(
         pack_id=pack_id,
         job_id=job_id,
         lines=tuple(example.line for example in examples),
         starts=tuple(starts),
-        token_ids=torch.cat([example.tokens for example in examples]).to(device),
-        positions=positions.to(device),
-        labels=labels.to(device),
-        num_targets=int((labels != IGNORED).sum()),
+        token_ids=upload_tensor(torch.cat([example.tokens for example in examples]), device),
+        positions=upload_tensor(positions, device),
+        labels=upload_tensor(labels, device),
+        trained=tuple(trained.tolist()),
+        trained_ids=upload_tensor(trained, device),
         dropout_p=dropout_p,
         dropout_keys=keys,
     )

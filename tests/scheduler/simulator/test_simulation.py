@@ -171,6 +171,16 @@ def test_hot_adapters_are_on_the_device_when_asked_for(make_trace: Traces, make_
     assert report.num_adapter_loads == 3
 
 
+def test_shared_prefixes_are_computed_once(make_setup: Setups) -> None:
+    shared = tuple(TraceRequest(idx * 1.0, 1100, 5, prefix_hashes=(1, 2, 3 + idx)) for idx in range(10))
+    report = simulate(shared, make_setup(num_jobs=0)).report
+    assert report.prefix_hit_rate == pytest.approx(9 * 1024 / (10 * 1100), abs=0.02)
+    other_tenants = tuple(replace(request, tenant=f"t{idx}") for idx, request in enumerate(shared))
+    assert simulate(other_tenants, make_setup(num_jobs=0)).report.prefix_hit_rate == 0.0
+    plain = tuple(replace(request, prefix_hashes=()) for request in shared)
+    assert simulate(plain, make_setup(num_jobs=0)).report.prefix_hit_rate is None
+
+
 def test_the_timeline_holds_every_token_of_its_window(make_trace: Traces, make_setup: Setups) -> None:
     trace = make_trace(40, 20.0)
     result = simulate(trace, make_setup(timeline_s=(0.0, 1e9)))

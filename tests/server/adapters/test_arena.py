@@ -155,3 +155,63 @@ def test_a_side_stream_load_is_seen_by_kernels_launched_after_finish():
     master = torch.randn(adapters[0].num_elements, device=device)
     arena.write(0, master)
     assert torch.equal(arena.view(0), master.bfloat16())
+
+
+@pytest.mark.parametrize("destination", [0, 64, 192, 320, 4096])
+def test_a_moved_adapter_is_seen_at_its_new_place_even_if_that_overlaps_the_old_one(destination, monkeypatch):
+    monkeypatch.setattr("weft_server.adapters.arena._MOVE_CHUNK_ELEMENTS", 100)
+    arena, one, two = _arena(), _adapter(4, 1), _adapter(2, 2)
+    arena.load(1, 192, _image(one))
+    arena.load(2, 16384, _image(two))
+    arena.move(1, destination)
+    _assert_resident(arena, 1, one)
+    _assert_resident(arena, 2, two)
+    assert arena.view(1).data_ptr() == arena.weights[destination:].data_ptr()
+    arena.write(1, 2 * one.weights)
+    assert torch.equal(arena.table.entry(1, 0, 0).a, one.layout.a(2 * one.weights, 0, "q_proj"))
+    arena.clear(1)
+    arena.load(3, 192, _image(one))
+    _assert_resident(arena, 3, one)
+
+
+@pytest.mark.parametrize(
+    ("slot", "destination", "named"),
+    [
+        (0, 0, "no loaded adapter"),
+        (3, 0, "no loaded adapter"),
+        (1, 16320, "overlaps the one of slot 2"),
+        (1, 100, "not aligned"),
+        (1, -64, "not aligned"),
+        (1, (1 << 16) - 64, "within the arena"),
+    ],
+)
+def test_a_move_that_would_touch_anothers_bytes_is_refused_and_changes_nothing(slot, destination, named):
+    arena, one, two = _arena(), _adapter(4, 1), _adapter(2, 2)
+    arena.load(1, 192, _image(one))
+    arena.load(2, 16384, _image(two))
+    handle = arena.load_async(3, 32768, _image(two))
+    before = arena.weights.clone()
+    with pytest.raises(ValueError, match=named):
+        arena.move(slot, destination)
+    assert torch.equal(arena.weights, before)
+    _assert_resident(arena, 1, one)
+    handle.finish()
+    _assert_resident(arena, 3, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_load_into_the_place_that_a_move_leaves_does_not_overtake_it():
+    device = torch.device("cuda")
+    arena = _arena(1 << 24, torch.bfloat16, device)
+    one, two = _adapter(64, 1), _adapter(64, 2)
+    arena.load(0, 64, HostImage.build(one, torch.bfloat16, pin_memory=True))
+    big = torch.randn(4096, 4096, device=device)
+    for _ in range(20):
+        big = big @ big
+    arena.move(0, 1 << 22)
+    handle = arena.load_async(1, 64, HostImage.build(two, torch.bfloat16, pin_memory=True))
+    handle.finish()
+    torch.cuda.synchronize()
+    _assert_resident(arena, 0, one)
+    _assert_resident(arena, 1, two)

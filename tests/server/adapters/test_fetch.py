@@ -206,9 +206,32 @@ def test_closing_drops_what_has_not_begun(blobs):
     fetcher.submit(blobs.store("two", _adapter(2)))
     closing = threading.Thread(target=fetcher.close)
     closing.start()
-    _poll(lambda: [True] if fetcher.closed else [], 1)
+    _poll(lambda: [True] if fetcher._closed.is_set() else [], 1)
     blobs.gate.set()
     closing.join(30)
     assert not closing.is_alive()
     assert blobs.num_reads["two.json"] == 0
     assert len(fetcher.completed()) == 1
+
+
+def test_a_check_that_takes_long_keeps_no_request_waiting_for_its_adapter(blobs, cache):
+    reads, held, read = [], threading.Event(), blobs.read
+
+    def slow_for_uploads(blob: str) -> bytes:
+        reads.append(blob)
+        if blob.startswith("upload"):
+            assert held.wait(30)
+        return read(blob)
+
+    fetcher = AdapterFetcher(slow_for_uploads, cache, num_layers=2, shapes=SHAPES, dtype=torch.float32)
+    wanted = blobs.store("one", _adapter(1))
+    for i in range(3):
+        upload = blobs.store(f"upload{i}", _adapter(2 + i))
+        fetcher.submit_check(f"c{i}", upload.config_blob, upload.weights_blob)
+    fetcher.submit(wanted)
+    (result,) = _poll(fetcher.completed, 1)
+    assert result.image is not None
+    assert fetcher.checked() == []
+    held.set()
+    assert [check.check_id for check in _poll(fetcher.checked, 3)] == ["c0", "c1", "c2"]
+    fetcher.close()

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weft_scheduler import extents
 from weft_server.adapters.layout import ALIGNMENT, MODULES, AdapterLayout
 
 WIDTHS = st.integers(1, 200)
@@ -84,3 +85,7 @@ def test_absent_modules_take_no_space_and_are_not_found():
 def test_an_impossible_layout_is_refused(ranks, named):
     with pytest.raises(ValueError, match=named):
         AdapterLayout.build(2, {"q_proj": (8, 8)}, ranks)
+
+
+def test_scheduler_and_kernels_agree_on_the_alignment():
+    assert extents.ALIGNMENT == ALIGNMENT

@@ -141,3 +141,29 @@ def test_a_pattern_too_expensive_to_match_is_refused_with_its_key():
     with pytest.raises(AdapterError, match="target_modules") as caught:
         config.resolve(2, MODULES)
     assert caught.value.param == "target_modules"
+
+
+def test_matching_gives_way_to_other_threads_again_and_again():
+    pauses = []
+    budget = StepBudget(100_000, pause=pauses.append)
+
+    def match_for_ever():
+        while True:
+            PathPattern("(a|b|.)*(.|m)*(.|x)*z", budget).matches_all(module_path(0, "q_proj"))
+
+    with pytest.raises(PatternError, match="100000 steps"):
+        match_for_ever()
+    assert len(pauses) >= 40
+    assert all(0 < seconds <= 1e-3 for seconds in pauses)
+
+
+@pytest.mark.parametrize("num_layers", [32, 126])
+def test_patterns_of_real_trainers_stay_within_the_budget_on_the_largest_models(num_layers):
+    config = LoraConfig(
+        8,
+        8.0,
+        target_modules=r"(?:.*?(?:language|text|model).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn).*?"
+        r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))",
+    )
+    assert len(config.resolve(num_layers, MODULES)) == num_layers * len(MODULES)

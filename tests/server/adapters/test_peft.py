@@ -51,7 +51,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "r": 4,
         "lora_alpha": 8,
         "target_modules": ALL,
-        "rank_pattern": {"proj": 9, "_proj": 9, "layers.1.mlp.up_proj": 3},
+        "rank_pattern": {"1.mlp.up_proj": 3},
+    },
+    "patterns for modules that are not targeted": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"v_proj": 9, "lm_head": 2},
+        "alpha_pattern": {"model.layers.0.mlp.up_proj": 1},
     },
     "patterns and rslora": {
         "r": 4,
@@ -253,6 +259,8 @@ REFUSED_CONFIGS: list[tuple[str, Any, str]] = [
     ("rank_pattern", ["q_proj"], "rank_pattern"),
     ("rank_pattern", {"q_proj(": 4}, "rank_pattern"),
     ("alpha_pattern", {"(a)\\1": 4}, "alpha_pattern"),
+    ("exclude_modules", ".*", "exclude_modules '.*' excludes every layer that target_modules"),
+    ("exclude_modules", ["q_proj", "self_attn.v_proj"], "exclude_modules"),
     ("target_modules", None, "target_modules is missing"),
     ("target_modules", [], "target_modules is missing"),
     ("target_modules", ["query"], "names no linear layer"),
@@ -275,6 +283,20 @@ def test_a_configuration_that_cannot_be_honoured_is_refused_by_name(
     with pytest.raises(AdapterError, match=re.escape(named)) as caught:
         read_peft(_with_config(saved, **{key: value}), saved.weights, num_layers=num_layers, shapes=shapes)
     assert (caught.value.status, caught.value.code) == (400, "invalid_adapter")
+
+
+@pytest.mark.parametrize("key", ["proj", "_proj", "c_attn", "layers.3.mlp.up_proj", "self_attn"])
+@pytest.mark.parametrize("where", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_pattern_key_that_peft_would_ignore_on_this_model_is_refused(
+    where, key, save_peft, num_layers, shapes
+):
+    saved = save_peft("llama", r=4, lora_alpha=8, target_modules=ALL, **{where: {key: 16}})
+    oracle = _peft_layers(saved.model).values()
+    assert {(layer.r["default"], layer.scaling["default"]) for layer in oracle} == {(4, 2.0)}
+    with pytest.raises(AdapterError, match=re.escape(f"{where}['{key}'] matches no module")) as caught:
+        read_peft(saved.config_json, saved.weights, num_layers=num_layers, shapes=shapes)
+    assert caught.value.param == where
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from weft_server.api.app import create_app
 from weft_server.config import Settings, load_settings
 from weft_server.errors import Conflict, InvalidRequest, WeftError
 from weft_server.metrics import Metrics
+from weft_server.service.admission import QueueLimits
 from weft_server.service.engine_port import JobHandler, RestartHandler
 from weft_server.service.generation import GenerationService
 from weft_server.service.models import ADAPTER_KIND, ModelService
@@ -71,9 +72,9 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.abort_seen = threading.Event()
         self.info: protocol.EngineReady | None = engine_info()
-        self.heartbeat: protocol.Heartbeat | None = None
         self.ready = True
         self.tenant_weights: dict[str, float] = {}
+        self.tenant_concurrency: dict[str, int] = {}
         self.why_not_ready: str | None = None
         self.script: Script = lambda request: self.say(request, "Hello there!")
 
@@ -81,9 +82,9 @@ class ScriptedEngine:
         self.__init__(self._tokenizer)  # type: ignore[misc]
 
     def say(
-        self, request: protocol.Generate, text: str, *, end: bool = True
+        self, request: protocol.Generate, text: str, *, end: bool = True, num_cached: int = 0
     ) -> list[protocol.ChoiceDelta | WeftError | None]:
-        """One delta per token of `text`, obeying `max_tokens` and the stop ids."""
+        """One delta per token of `text`, obeying `max_tokens` and the stop ids; `num_cached` in the first."""
         ids = self._tokenizer.encode(text, add_special_tokens=False) + ([EOS] if end else [])
         sampling = request.sampling
         deltas: list[protocol.ChoiceDelta | WeftError | None] = []
@@ -97,7 +98,10 @@ class ScriptedEngine:
             if count == 1 and sampling.prompt_logprobs is not None:
                 prompt = [None, *(self._score(t, sampling.prompt_logprobs) for t in request.prompt[1:])]
             scored = None if sampling.logprobs is None else [self._score(token_id, sampling.logprobs)]
-            deltas.append(protocol.ChoiceDelta(request.request_id, [token_id], scored, reason, prompt))
+            cached = num_cached if count == 1 else None
+            deltas.append(
+                protocol.ChoiceDelta(request.request_id, [token_id], scored, reason, prompt, cached)
+            )
             if reason is not None:
                 return deltas
         return [*deltas, None]
@@ -137,6 +141,12 @@ class ScriptedEngine:
 
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         self.tenant_weights = dict(weights)
+
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        self.tenant_concurrency = dict(max_concurrency)
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        return None
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         return None
@@ -239,6 +249,7 @@ def make_services(
     engine = ScriptedEngine(tokenizer)
     metrics = Metrics(BASE)
     models_service = ModelService(store.records, BASE, 1_700_000_000)
+    tenants = TenantRegistry(settings.api_keys)
     generation = GenerationService(
         engine,
         tokenizer,
@@ -246,7 +257,8 @@ def make_services(
         defaults or GenerationDefaults(),
         metrics,
         draw_seed=itertools.count(7).__next__,
-        max_open_choices=64,
+        limits=QueueLimits.of(settings.max_queued_requests, settings.max_queued_requests_total),
+        weights=lambda: tenants.weights,
     )
     return Services(
         settings=settings,
@@ -254,7 +266,7 @@ def make_services(
         blobs=store.blobs,
         engine=engine,
         tokenizer=tokenizer,
-        tenants=TenantRegistry(settings.api_keys),
+        tenants=tenants,
         models=models_service,
         generation=generation,
         files=cast(Any, None),

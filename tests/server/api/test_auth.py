@@ -115,9 +115,14 @@ def test_a_hangup_signal_reloads_the_keys_and_a_bad_file_changes_nothing(
     assert "keeping the previous API keys" in caplog.text
     assert api.client(ALICE.secret).models.list().data
     reloaded.clear()
-    asyncio.run(hang_up_after(f'[[tenants]]\nname = "carol"\nweight = 3\nkeys = ["{BOB.digest}"]\n'))
+    asyncio.run(
+        hang_up_after(
+            f'[[tenants]]\nname = "carol"\nweight = 3\nmax_concurrency = 5\nkeys = ["{BOB.digest}"]\n'
+        )
+    )
     assert reloaded == [True]
     assert api.engine.tenant_weights == {"carol": 3.0}
+    assert api.engine.tenant_concurrency == {"carol": 5}
     with pytest.raises(openai.AuthenticationError):
         api.client(ALICE.secret).models.list()
     api.client(BOB.secret).completions.create(model=BASE, prompt="x")

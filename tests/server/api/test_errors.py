@@ -216,10 +216,12 @@ def test_too_many_choices_in_all_are_refused(api: Any) -> None:
 
 def test_a_deadline_is_a_504_that_asks_for_no_retry(api: Any) -> None:
     api.engine.script = lambda _: [DeadlineExceeded("too late")]
-    response = api.http.post("/v1/completions", json=COMPLETION)
+    response = api.http.post("/v1/completions", json={**COMPLETION, "timeout": 2.5})
     assert response.status_code == 504
     assert response.headers["x-should-retry"] == "false"
-    assert error_of(response)["code"] == "deadline_exceeded"
+    error = error_of(response)
+    assert (error["code"], error["param"]) == ("deadline_exceeded", "timeout")
+    assert "'timeout' of 2.5 s ended before the first token" in error["message"]
 
 
 def test_a_sane_request_id_is_returned_and_others_are_replaced(api: Any) -> None:

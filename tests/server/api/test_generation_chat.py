@@ -142,6 +142,28 @@ def test_a_bad_message_is_named(api: Any, message: Any, param: str) -> None:
     assert caught.value.param == param
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "tool_calls": [CALL]}, "messages[0].tool_calls"),
+        ({"role": "tool", "content": "4", "tool_call_id": "c"}, "messages[0].role"),
+        ({"role": "function", "content": "4", "name": "f"}, "messages[0].role"),
+        ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "messages[0].audio"),
+        ({"role": "assistant", "content": "x", "reasoning_content": "y"}, "messages[0].reasoning_content"),
+    ],
+)
+def test_known_parts_of_a_message_that_would_change_the_answer_are_unsupported(
+    api: Any, message: Any, param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.client().chat.completions.create(model=BASE, messages=[message])
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", param)
+
+
 def test_an_image_is_refused_by_name(api: Any) -> None:
     part = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
     with pytest.raises(openai.BadRequestError, match="image_url") as caught:

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from weft_server import protocol
+from weft_server.errors import InvalidRequest
 
 BASE = "base-model"
 EOS = 2
@@ -256,6 +257,27 @@ def test_scoring_a_prompt_needs_no_new_token(api: Any) -> None:
     plain = api.client().completions.create(model=BASE, prompt="How are", max_tokens=0, echo=True)
     assert plain.choices[0].text == "How are"
     assert api.engine.requests == []
+
+
+def test_an_adapter_that_does_not_fit_the_arena_is_named_as_the_request_named_it(api: Any) -> None:
+    api.store_adapter("default", "giant")
+    refusal = InvalidRequest("The adapter takes 9 MiB.", code="adapter_too_large")
+    api.engine.script = lambda _request: [refusal]
+    with pytest.raises(openai.BadRequestError, match="Model 'giant': The adapter takes 9 MiB") as caught:
+        api.client().completions.create(model="giant", prompt="x")
+    assert caught.value.code == "adapter_too_large"
+
+
+def test_a_prompt_that_fills_the_context_can_be_scored_but_not_continued(api: Any) -> None:
+    client, prompt = api.client(), [5] * api.engine.info.max_model_len
+    answer = client.completions.create(model=BASE, prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+    assert len(answer.choices[0].logprobs.tokens) == len(prompt)
+    for num_prompt, max_tokens, total in ((128, 1, 129), (129, 0, 129)):
+        with pytest.raises(openai.BadRequestError, match=f"you requested {total} tokens") as caught:
+            client.completions.create(
+                model=BASE, prompt=[5] * num_prompt, max_tokens=max_tokens, echo=True, logprobs=1
+            )
+        assert caught.value.code == "context_length_exceeded"
 
 
 def test_minus_infinity_is_written_as_a_number(api: Any) -> None:

@@ -101,20 +101,6 @@ def test_an_unexpected_exception_is_a_500_without_details(api: Any) -> None:
         assert response.headers["x-request-id"]
 
 
-def test_a_tenants_open_choices_are_limited(api: Any) -> None:
-    endless(api)
-    with api.http.stream("POST", "/v1/completions", json={**COMPLETION, "n": 40, "stream": True}) as response:
-        lines = response.iter_lines()  # kept, because dropping it closes the response
-        next(lines)
-        refused = httpx.post(f"{api.url}/v1/completions", json={**COMPLETION, "n": 40}, timeout=10)
-        assert refused.status_code == 429
-        assert refused.headers["retry-after"] == "1"
-        assert refused.json()["error"]["code"] == "too_many_requests"
-    wait_for(lambda: len(api.engine.aborted) == 40, api)
-    api.engine.reset()
-    assert api.http.post("/v1/completions", json={**COMPLETION, "n": 40}).status_code == 200
-
-
 def wait_for(condition: Any, api: Any) -> None:
     """Ask again after each further answer of the server, which runs the event loop meanwhile."""
     deadline = threading.Event()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import openai
@@ -109,3 +111,55 @@ def test_two_servers_in_one_process_do_not_share_metrics(start_api: Any, open_ap
     before = open_api.services.metrics.render()
     api.services.metrics.first_token(1.0)
     assert open_api.services.metrics.render() == before
+
+
+def schema_of(api: Any, path: str, media_type: str = "application/json") -> Any:
+    document = api.http.get("/openapi.json").json()
+    return document["paths"][path]["post"]["requestBody"]["content"][media_type]["schema"]
+
+
+@pytest.mark.parametrize(
+    ("path", "required", "some"),
+    [
+        ("/v1/completions", {"model", "prompt"}, {"best_of", "temperature", "stream_options"}),
+        ("/v1/chat/completions", {"model", "messages"}, {"top_logprobs", "n", "seed"}),
+        ("/v1/fine_tuning/jobs", {"model", "training_file"}, {"method", "suffix", "weft"}),
+        ("/v1/load_lora_adapter", {"lora_name", "lora_path"}, {"load_inplace"}),
+        ("/v1/unload_lora_adapter", {"lora_name"}, {"lora_int_id"}),
+    ],
+)
+def test_the_generated_description_has_the_bodies_of_json_routes(
+    api: Any, path: str, required: set[str], some: set[str]
+) -> None:
+    schema = schema_of(api, path)
+    assert set(schema["required"]) == required
+    assert required | some <= set(schema["properties"])
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/files", {"purpose", "file"}),
+        ("/v1/adapters", {"name", "adapter_config.json", "adapter_model.safetensors"}),
+    ],
+)
+def test_the_generated_description_has_the_forms_of_uploads(api: Any, path: str, fields: set[str]) -> None:
+    schema = schema_of(api, path, "multipart/form-data")
+    assert set(schema["properties"]) == set(schema["required"]) == fields
+
+
+def test_the_generated_description_has_no_reference_that_leads_nowhere(api: Any) -> None:
+    text = api.http.get("/openapi.json").text
+    components = json.loads(text).get("components", {}).get("schemas", {})
+    references = re.findall(r'"\$ref":\s*"([^"]*)"', text)
+    assert {name.removeprefix("#/components/schemas/") for name in references} <= set(components)
+
+
+def test_the_generated_description_allows_all_forms_of_a_field(api: Any) -> None:
+    prompt = schema_of(api, "/v1/completions")["properties"]["prompt"]
+    assert {entry["type"] for entry in prompt["anyOf"]} == {"string", "array"}
+    method = schema_of(api, "/v1/fine_tuning/jobs")["properties"]["method"]["anyOf"][0]["properties"]
+    supervised = method["supervised"]["anyOf"][0]["properties"]
+    for field in supervised["hyperparameters"]["anyOf"][0]["properties"].values():
+        assert "auto" in [entry.get("const") for entry in field["anyOf"]]

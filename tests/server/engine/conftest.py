@@ -23,7 +23,7 @@ from torch import Tensor
 from weft_kernels.attention import AttentionBatch, make_chunk
 from weft_kernels.lora import LoraBatch
 from weft_scheduler.limits import Limits
-from weft_scheduler.plan import StepPlan
+from weft_scheduler.plan import SegmentKind, StepPlan
 from weft_scheduler.policies import Policy
 from weft_server.adapters.arena import AdapterArena
 from weft_server.adapters.image import HostImage
@@ -133,9 +133,11 @@ class Harness:
     weights: DecoderWeights
     blobs: MemoryBlobs = field(default_factory=MemoryBlobs)
     clock: Clock = field(default_factory=Clock)
+    records: list[list[str]] = field(default_factory=list)
     pipeline_depth: int = 0
     max_pack_tokens: int = 64
     tpot_slo_ms: float = 60_000.0
+    prefix_cache: bool = True
     limits: dict[str, Any] = field(default_factory=dict)
     read: Callable[[str], bytes] | None = None
     put: Callable[[Iterable[bytes]], str] | None = None
@@ -168,6 +170,7 @@ class Harness:
             dtype="float32",
             quantization="none",
             tpot_slo_ms=self.tpot_slo_ms,
+            prefix_cache=self.prefix_cache,
         )
         built = assemble_engine(
             config,
@@ -180,6 +183,7 @@ class Harness:
         )
         self.engine = built.engine
         self.describe_device = built.describe_device
+        self.engine._record_plan = self.records.append
         self.ready = built.ready
         self.scheduler = built.engine._scheduler
         self.runner = built.engine._runner
@@ -276,6 +280,17 @@ class Harness:
     def tokens(self, request_id: str) -> list[int]:
         return [token for delta in self.deltas[request_id] for token in delta.token_ids]
 
+    def prefilled(self, request_id: str) -> list[tuple[int, int]]:
+        """First token and number of tokens of every chunk that was computed as prompt."""
+        segments = (s for plan in self.plans for s in plan.forward if s.kind is SegmentKind.PREFILL)
+        return [(s.start, s.num_tokens) for s in segments if s.sequence_id == request_id]
+
+    def num_cached(self, request_id: str) -> int | None:
+        """What the first delta says of the prefix cache; no later one says anything."""
+        first, *rest = self.deltas[request_id]
+        assert all(delta.num_cached_tokens is None for delta in rest)
+        return first.num_cached_tokens
+
     def finish_reason(self, request_id: str) -> str | None:
         deltas = self.deltas[request_id]
         return deltas[-1].finish_reason if deltas else None
@@ -354,9 +369,13 @@ class Make:
             weight_decay=0.0,
             max_grad_norm=1.0,
             checkpoint_every=0,
-            lora=LoraSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=ALL_LINEAR),
+            lora=Make.lora(),
         )
         return replace(spec, **changes)
+
+    @staticmethod
+    def lora(**changes: Any) -> LoraSpec:
+        return replace(LoraSpec(rank=4, alpha=8.0, dropout=0.0, target_modules=ALL_LINEAR), **changes)
 
     @staticmethod
     def dataset(lengths: Iterable[int], seed: int = 3) -> bytes:
@@ -406,12 +425,11 @@ class Oracle:
             device=device,
         )
         positions = torch.arange(length, device=device)
-        empty = positions[:0]
         chunk = make_chunk(0, length, 0, length, positions[:1], length)
         batch = TokenBatch(
             positions=positions,
             slot_mapping=positions,
-            attention=AttentionBatch(0, empty.view(0, 0), empty, [chunk]),
+            attention=AttentionBatch((), [chunk]),
             lora=None if adapter is None else LoraBatch.build([(0, 0, length)], device),
         )
         hidden = decoder.embed(torch.tensor(list(tokens), device=device))

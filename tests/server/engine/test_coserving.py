@@ -240,3 +240,19 @@ def test_a_bad_dataset_fails_its_job_before_it_trains(damage, code, harness, mak
     assert failed.code == code
     assert damage != "long" or "line 3 has 101 tokens" in failed.message
     assert isinstance(h.ended("good"), JobSucceeded)
+
+
+def test_what_freed_blocks_held_changes_no_answer_and_no_gradient(harness, make, oracle):
+    """Another tenant's NaN in every place of the cache that is not written anew."""
+    clean, poisoned = harness(), harness()
+    for cache in (*poisoned.runner._cache.keys, *poisoned.runner._cache.values):
+        cache.fill_(torch.nan)
+    prompts = {f"r{length}": make.prompt(length) for length in (1, 5, 9, 40)}
+    for h in (clean, poisoned):
+        for request_id, prompt in prompts.items():
+            h.generate(request_id, prompt, max_tokens=10)
+        h.start_job("job", make.dataset((31, 12, 44, 7)), make.spec(total_steps=3))
+        h.run()
+    for request_id, prompt in prompts.items():
+        assert poisoned.tokens(request_id) == oracle.greedy(prompt, 10)
+    assert poisoned.losses("job") == pytest.approx(clean.losses("job"), rel=1e-5)

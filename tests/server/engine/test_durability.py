@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -228,3 +230,80 @@ def test_a_job_cancelled_while_its_adapter_is_stored_is_stopped_and_nothing_else
     store.gate.set()
     h.run()
     assert isinstance(h.ended("job"), JobStopped)
+
+
+def test_the_flight_record_names_everything_in_flight_and_about_to_be(harness, make):
+    h = harness(pipeline_depth=1)
+    h.generate("short", make.prompt(5), max_tokens=1)
+    h.step()
+    assert h.records[-1] == ["short"]
+    h.generate("next", make.prompt(6), max_tokens=1)
+    h.step()
+    assert h.records[-1] == ["next", "short"], "the plan before may still be running"
+    h.generate("last", make.prompt(7), max_tokens=1)
+    h.step()
+    assert h.records[-1] == ["last", "next"]
+    h.run()
+
+
+def test_without_a_pipeline_the_flight_record_names_the_plan_alone(harness, make):
+    h = harness()
+    for name in ("first", "second"):
+        h.generate(name, make.prompt(5), max_tokens=1)
+        h.run()
+        assert h.records[-1] == [name]
+
+
+def test_a_finished_job_writes_nothing_to_the_place_that_it_gives_up(harness, make, monkeypatch):
+    h = harness()
+    pager = h.engine._pager
+    written, refresh = [], pager.refresh
+    monkeypatch.setattr(pager, "refresh", lambda key, weights: written.append(key) or refresh(key, weights))
+    h.start_job("job", make.dataset(LENGTHS), _spec(make, total_steps=3))
+    h.run()
+    assert isinstance(h.ended("job"), JobSucceeded)
+    assert written == ["job:job"] * 2
+
+
+def test_the_last_messages_are_there_while_a_thread_still_waits_for_the_store(harness, make):
+    held, reading = threading.Event(), threading.Semaphore(0)
+
+    def read(blob):
+        if blob in adapter_blobs:
+            reading.release()
+            held.wait(30)
+        return h.blobs.read(blob)
+
+    h = harness(read=read)
+    ref = h.store(make.adapter(1))
+    adapter_blobs = {ref.config_blob}
+    h.start_job("job", make.dataset(LENGTHS), _spec(make, checkpoint_every=0))
+    h.run(until=lambda: len(h.progress("job")) == 2)
+    h.generate("request", make.prompt(4), adapter=ref)
+    h.step()
+    assert reading.acquire(timeout=30)
+    last = h.engine.shut_down()
+    assert not held.is_set()
+    assert [m.job_id for m in last if isinstance(m, JobCheckpointed)] == ["job"]
+    held.set()
+
+
+EXIT_OUT_OF_A_THREAD = """
+import runpy, threading
+from concurrent.futures import ThreadPoolExecutor
+from weft_server.engine import process
+
+def main():
+    ThreadPoolExecutor().submit(threading.Event().wait)
+    raise RuntimeError("out of main")
+
+process.main = main
+runpy.run_module("weft_server.engine", run_name="__main__")
+"""
+
+
+def test_an_error_out_of_main_ends_the_process_whatever_its_threads_wait_for():
+    command = [sys.executable, "-c", EXIT_OUT_OF_A_THREAD]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert "RuntimeError: out of main" in ended.stderr

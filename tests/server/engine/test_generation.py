@@ -44,7 +44,12 @@ def test_mixed_adapters_and_ranks_in_one_batch_answer_as_each_would_alone(harnes
 def test_prompt_logprobs_are_those_of_the_whole_prompt(max_batch_tokens, harness, make, oracle):
     h = harness(max_batch_tokens=max_batch_tokens, max_train_tokens=0, max_num_seqs=4)
     adapter = make.adapter(1)
-    prompts = {"a": make.prompt(50), "b": make.prompt(1), "c": make.prompt(23, 5)}
+    prompts = {
+        "fills the context": make.prompt(160, 2),
+        "a": make.prompt(50),
+        "b": make.prompt(1),
+        "c": make.prompt(23, 5),
+    }
     for request_id, prompt in prompts.items():
         h.generate(request_id, prompt, adapter=h.store(adapter), prompt_logprobs=2, max_tokens=3)
     h.run()
@@ -106,3 +111,29 @@ def test_the_context_cuts_an_answer_short(harness, make, oracle):
     h.run()
     assert h.tokens("a") == oracle.greedy(prompt, 6)
     assert h.finish_reason("a") == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more"),
+    [
+        ([1, 61, 2], {}),
+        ([1, -1, 2], {}),
+        ([1, 2], {"generated": [61]}),
+        ([1, 2], {"stop_token_ids": (3, 61), "min_tokens": 2}),
+        ([1, 2], {"logit_bias": {61: 5.0}}),
+    ],
+)
+def test_a_token_outside_the_vocabulary_is_refused_beside_others_that_go_on(
+    prompt, more, harness, make, oracle
+):
+    h = harness()
+    other = make.prompt(9)
+    h.generate("other", other, max_tokens=4)
+    h.generate("bad", prompt, **more)
+    h.run()
+    failure = h.failures()["bad"]
+    assert (failure.status, failure.code) == (400, "invalid_request")
+    stranger = -1 if -1 in prompt else 61
+    assert f"token id {stranger}" in failure.message
+    assert "61 tokens" in failure.message
+    assert h.tokens("other") == oracle.greedy(other, 4)

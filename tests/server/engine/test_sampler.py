@@ -7,15 +7,22 @@ from itertools import product
 import pytest
 import torch
 
-from weft_server.engine.sampler import SamplingRow, sample, top_logprobs, uniform
+from weft_server.engine.history import TokenHistory, needs_history
+from weft_server.engine.logprobs import top_logprobs
+from weft_server.engine.sampler import SamplingRow, sample, uniform
 from weft_server.protocol import SamplingParams
 
 VOCAB = 23
 NUM_DRAWS = 6000
 
 
-def _row(position=0, prompt=(), output=(), choice_idx=0, **params):
-    return SamplingRow(SamplingParams(max_tokens=1, **params), choice_idx, position, prompt, output)
+def _row(position=0, prompt=(), output=(), choice_idx=0, device="cpu", **params):
+    sampling = SamplingParams(max_tokens=1, **params)
+    history = None
+    if needs_history(sampling):
+        history = TokenHistory(sampling, prompt, VOCAB, torch.device(device))
+        history.add(output)
+    return SamplingRow(sampling, choice_idx, position, len(output), history)
 
 
 def _logits(num_rows, device, seed=0, scale=2.0):
@@ -75,7 +82,7 @@ def test_the_repetition_penalty_is_that_of_transformers(device):
     scores = _logits(200, "cpu", seed=1)
     prompt, output = [3, 7, 7, 1], [9, 3, 2]
     expected = penalize(torch.tensor([prompt + output]).expand(200, -1), scores.clone()).argmax(-1)
-    rows = [_row(prompt=prompt, output=output, repetition_penalty=1.7, temperature=0.0)] * 200
+    rows = [_row(device=device, prompt=prompt, output=output, repetition_penalty=1.7, temperature=0.0)] * 200
     actual = sample(scores.to(device), rows).token_ids.cpu()
     assert actual.tolist() == expected.tolist()
     assert actual.tolist() != scores.argmax(-1).tolist()
@@ -89,7 +96,14 @@ def test_presence_and_frequency_penalties_are_those_of_openai(device):
         times = output.count(token)
         expected[:, token] -= times * 0.6 + (times > 0) * 0.9
     rows = [
-        _row(prompt=prompt, output=output, frequency_penalty=0.6, presence_penalty=0.9, temperature=0.0)
+        _row(
+            device=device,
+            prompt=prompt,
+            output=output,
+            frequency_penalty=0.6,
+            presence_penalty=0.9,
+            temperature=0.0,
+        )
     ] * 200
     actual = sample(scores.to(device), rows).token_ids.cpu()
     assert actual.tolist() == expected.argmax(-1).tolist()
@@ -119,8 +133,10 @@ def test_sampling_leaves_the_logits_as_they_were(device):
     scores = _logits(3, device)
     before = scores.clone()
     rows = [
-        _row(output=[1, 2], temperature=0.7, top_p=0.5, top_k=3, min_p=0.1, presence_penalty=1.0),
-        _row(prompt=[1], repetition_penalty=2.0, logit_bias={0: 5.0}),
+        _row(
+            device=device, output=[1, 2], temperature=0.7, top_p=0.5, top_k=3, min_p=0.1, presence_penalty=1.0
+        ),
+        _row(device=device, prompt=[1], repetition_penalty=2.0, logit_bias={0: 5.0}),
         _row(min_tokens=2, stop_token_ids=(1,)),
     ]
     sample(scores, rows)
@@ -133,7 +149,7 @@ def test_a_draw_depends_on_its_own_row_alone(device):
     neighbours = [
         _row(top_p=0.5, seed=1),
         _row(top_k=2, min_p=0.3, seed=2),
-        _row(output=[1], presence_penalty=2.0, logit_bias={2: 9.0}, seed=3),
+        _row(device=device, output=[1], presence_penalty=2.0, logit_bias={2: 9.0}, seed=3),
         _row(temperature=0.0),
         _row(temperature=1e-3, seed=4),
     ]
@@ -189,7 +205,10 @@ def test_random_numbers_differ_by_seed_choice_and_position():
 
 def test_log_probabilities_list_the_best_tokens_first(device):
     logits = _logits(3, device)
-    entries = top_logprobs(logits, torch.tensor([2, 5, 7], device=device), [0, 2, VOCAB + 5])
+    issued = top_logprobs(logits, torch.tensor([2, 5, 7], device=device), [0, 2, VOCAB + 5])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    entries = issued.entries()
     expected = torch.log_softmax(logits.cpu(), dim=-1)
     assert [len(entry.top) for entry in entries] == [0, 2, VOCAB]
     for i, (entry, token) in enumerate(zip(entries, (2, 5, 7), strict=True)):

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +58,8 @@ INFO = protocol.EngineReady(
     base_fingerprint="base-1",
     tpot_slo_ms=50.0,
     ttft_slo_ms=2000.0,
+    pinned_arena_bytes=20_000,
+    max_pinned_adapters=5,
 )
 Result = TypeVar("Result")
 
@@ -68,9 +70,9 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self.info: protocol.EngineReady | None = INFO
         self.ready = True
-        self.heartbeat: protocol.Heartbeat | None = None
         self.started: list[protocol.StartJob] = []
         self.cancelled: list[str] = []
+        self.pinned: list[list[str]] = []
         self._job_handlers: list[JobHandler] = []
         self._restart_handlers: list[RestartHandler] = []
 
@@ -97,8 +99,14 @@ class ScriptedEngine:
     async def cancel_job(self, job_id: str) -> None:
         self.cancelled.append(job_id)
 
+    def set_tenant_concurrency(self, max_concurrency: Mapping[str, int]) -> None:
+        del max_concurrency
+
     def set_tenant_weights(self, weights: Mapping[str, float]) -> None:
         del weights
+
+    def set_pinned_adapters(self, adapters: Sequence[protocol.AdapterRef]) -> None:
+        self.pinned.append([adapter.digest for adapter in adapters])
 
     def subscribe_jobs(self, handler: JobHandler) -> None:
         self._job_handlers.append(handler)
@@ -111,10 +119,10 @@ class ScriptedEngine:
             for handler in self._job_handlers:
                 await handler(message)
 
-    async def restart(self, *suspects: str) -> None:
+    async def restart(self, *guilty: str) -> None:
         self.ready = True
         for handler in self._restart_handlers:
-            await handler(set(suspects))
+            await handler(set(guilty))
 
     def run_of(self, job_id: str) -> protocol.StartJob:
         """The latest start of a job."""
@@ -301,6 +309,7 @@ class Live:
     http: httpx.Client
     loop: asyncio.AbstractEventLoop
     adapter_root: Path
+    upload_dir: Path
     base: str = BASE
     keys: list[str] = field(default_factory=list)
 
@@ -339,7 +348,13 @@ def live(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
         metrics = Metrics(BASE)
         registry = ModelService(store.records, BASE, 0)
         adapters = AdapterService(
-            store.records, store.blobs, engine, metrics, base_name=BASE, adapter_root=root
+            store.records,
+            store.blobs,
+            engine,
+            metrics,
+            base_name=BASE,
+            adapter_root=root,
+            pin_share=lambda _tenant: 0.5,
         )
         jobs = JobService(
             store.records,
@@ -381,7 +396,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
         http = httpx.Client(
             base_url=url, headers={"authorization": f"Bearer {keys[0].secret}"}, timeout=20, trust_env=False
         )
-        yield Live(url, engine, store, *clients, http, loop, root)
+        yield Live(url, engine, store, *clients, http, loop, root, settings.upload_dir)
         http.close()
         for client in clients:
             client.close()

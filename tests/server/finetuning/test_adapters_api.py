@@ -180,6 +180,15 @@ def test_an_adapter_is_loaded_from_the_tenants_folder_and_unloaded(live: Any) ->
     assert _error(reply)[::2] == (404, "model_not_found")
 
 
+def test_the_base_cannot_be_unloaded(live: Any) -> None:
+    for reply in (
+        live.http.post("/v1/unload_lora_adapter", json={"lora_name": "tiny-base"}),
+        live.http.delete("/v1/adapters/tiny-base"),
+    ):
+        assert reply.status_code == 403
+        assert "'tiny-base' is the base model" in reply.json()["error"]["message"]
+
+
 def test_paths_that_lead_out_of_the_tenants_folder_are_refused(live: Any, tmp_path: Path) -> None:
     outside = _directory(live, "theirs", tenant="other")
     (tmp_path / "elsewhere").mkdir()

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load
+from tokenizers import processors
 
 from weft_server.service.dataset_lines import LineError, parse_line, split_lines
 from weft_server.service.datasets import (
@@ -117,6 +119,34 @@ def test_a_completion_follows_its_prompt_and_ends(tokenizer: Tokenizer) -> None:
     assert _targets(example) == [*completion, tokenizer.eos_token_id]
 
 
+def test_a_completion_that_follows_nothing_is_refused_as_serving_refuses_its_prompt(
+    tokenize: Tokenize,
+) -> None:
+    rows = [{"prompt": "count to", "completion": " three"}, {"prompt": "", "completion": "one two three"}]
+    with pytest.raises(DatasetError, match=r"Line 2: the prompt has no tokens"):
+        tokenize(rows)
+
+
+def test_an_answer_that_a_template_puts_behind_nothing_is_refused(tokenizer: Tokenizer) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    bare = Tokenizer(tokenizer._backend, special_tokens=tokenizer.special_tokens, chat_template=template)
+    line = json.dumps({"messages": [{"role": "assistant", "content": "one two three"}]}).encode()
+    with pytest.raises(LineError, match=r"the text before messages\[0\] has no tokens"):
+        tokenize_example(parse_line(1, line), bare)
+
+
+def test_with_a_bos_an_empty_prompt_trains_the_whole_completion(tokenizer: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+    bos = tokenizer.eos_token_id
+    assert bos is not None
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|im_end|> $A", special_tokens=[("<|im_end|>", bos)]
+    )
+    with_bos = Tokenizer(backend, special_tokens=tokenizer.special_tokens)
+    example = _only({"prompt": "", "completion": "one two"}, with_bos)
+    assert _targets(example) == example.tokens[1:]
+
+
 def test_of_plain_text_all_but_the_first_token_is_trained(tokenizer: Tokenizer) -> None:
     example = _only({"text": "count to three"}, tokenizer)
     assert example.tokens == [*tokenizer.encode("count to three"), tokenizer.eos_token_id]
@@ -207,7 +237,7 @@ def test_a_completion_reads_on_without_a_second_space_where_the_tokenizer_prepen
     ):
         example = _only({"prompt": prompt, "completion": completion}, tokenizer)
         assert tokenizer.decode(example.tokens) == prompt + completion
-        assert example.tokens[0] == tokenizer.bos_token_id
+        assert example.tokens[0] == tokenizer.token_to_id(tokenizer.special_tokens["bos_token"])
         assert example.tokens[-1] == tokenizer.eos_token_id
         served = tokenizer.encode(prompt)
         if prompt and completion.startswith(" "):
@@ -262,12 +292,15 @@ def test_overlong_examples_are_truncated_or_dropped_when_asked(tokenize: Tokeniz
     assert arrays["lines"].tolist() == [1]
 
 
-def test_an_example_that_truncation_leaves_without_targets_is_dropped(tokenize: Tokenize) -> None:
+def test_an_example_that_truncation_leaves_without_targets_is_reported_as_that(
+    tokenize: Tokenize,
+) -> None:
     rows = [{"prompt": "count " * 60, "completion": " one"}, {"prompt": "a", "completion": "b"}]
     dataset, arrays = tokenize(rows, max_seq_length=50, overlength="truncate")
-    assert (dataset.num_examples, dataset.num_truncated, dataset.num_dropped) == (1, 0, 1)
+    assert (dataset.num_examples, dataset.num_truncated, dataset.num_dropped) == (1, 0, 0)
+    assert dataset.num_without_targets == 1
     assert arrays["lines"].tolist() == [2]
-    with pytest.raises(DatasetError, match="All 1 examples were dropped"):
+    with pytest.raises(DatasetError, match="All 1 examples were truncated to 50 tokens, which left nothing"):
         tokenize(rows[:1], max_seq_length=50, overlength="truncate")
 
 

@@ -99,8 +99,9 @@ def test_an_unknown_purpose_is_refused_with_the_allowed_ones(live: Any) -> None:
         (
             {"purpose": "fine-tune", "expires_after[seconds]": "3600"},
             "expires_after[seconds]",
-            "unknown_parameter",
+            "unsupported_parameter",
         ),
+        ({"purpose": "fine-tune", "mood": "glad"}, "mood", "unknown_parameter"),
     ],
 )
 def test_missing_and_unknown_form_fields_are_named(
@@ -127,6 +128,16 @@ def test_a_body_that_is_no_such_form_is_a_400(live: Any, sent: dict[str, Any]) -
     assert reply.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_filename_beyond_what_a_form_can_hold_is_refused_with_the_remedy(live: Any) -> None:
+    reply = live.http.post(
+        "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a" * 10_000 + ".jsonl", b"x")}
+    )
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["code"] == "invalid_multipart"
+    assert error["message"].endswith("is too long; shorten the filename.")
+
+
 @pytest.mark.parametrize(
     "query", ["limit=0", "limit=10001", "limit=x", "order=up", "before=1", "after=file-no"]
 )
@@ -140,3 +151,9 @@ def test_files_need_a_key(live: Any) -> None:
     assert httpx.get(f"{live.url}/v1/files", trust_env=False).status_code == 401
     reply = httpx.post(f"{live.url}/v1/files", files={"file": b"x"}, trust_env=False)
     assert reply.status_code == 401
+
+
+def test_uploads_lie_below_the_data_folder_while_they_arrive(live: Any) -> None:
+    _upload(live, b'{"text": "hi"}\n' * 1000)
+    assert live.upload_dir.is_dir()
+    assert list(live.upload_dir.iterdir()) == []

@@ -173,3 +173,26 @@ def test_requests_and_specs_survive_the_store() -> None:
     assert HyperparameterRequest.from_value(json.loads(json.dumps(request.to_value()))) == request
     spec = _resolve(request)
     assert spec_from_value(json.loads(json.dumps(spec_to_value(spec)))) == spec
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (
+            HyperparameterRequest(seed=2**63),
+            "seed is 9223372036854775808; it must be at least 0 and at most 9223372036854775807.",
+        ),
+        (
+            HyperparameterRequest(max_steps=100_000_001),
+            "weft.max_steps is 100000001; it must be at least 1 and at most 100000000.",
+        ),
+        (
+            HyperparameterRequest(learning_rate=1.0000001),
+            "weft.learning_rate is 1.0000001; it must be greater than 0 and at most 1.",
+        ),
+    ],
+)
+def test_values_and_limits_are_printed_exactly(request_: HyperparameterRequest, message: str) -> None:
+    with pytest.raises((InvalidRequest, Unprocessable)) as caught:
+        validate(request_, context_tokens=512)
+    assert caught.value.message == message

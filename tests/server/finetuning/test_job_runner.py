@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from weft_server.service.job_records import Job
 from weft_server.service.job_table import JobTable
 from weft_server.service.job_updates import JobUpdate
 from weft_server.service.jobs import NewJob
-from weft_server.store.base import BlobMissing, StoreUnavailable
+from weft_server.store.base import BlobMissing, StoreUnavailable, Update
 
 
 class Records:
@@ -258,7 +259,7 @@ def test_after_an_engine_restart_a_job_goes_on_from_its_checkpoint_under_a_new_e
         first = await started(kit, server, job)
         saved = checkpoint(kit, first, 2)
         await server.engine.say(kit.progress(first, 1), kit.progress(first, 2), saved, kit.progress(first, 3))
-        await server.engine.restart(job.id)
+        await server.engine.restart()
         second = await started(kit, server, job, times=2)
         assert (second.lease_epoch, second.checkpoint_blob) == (2, saved.blob)
         assert second.dataset_blob == first.dataset_blob
@@ -275,32 +276,31 @@ def test_after_an_engine_restart_a_job_goes_on_from_its_checkpoint_under_a_new_e
     kit.run(work())
 
 
-def test_a_job_in_the_plan_at_two_engine_deaths_fails_and_the_others_go_on(kit: Any) -> None:
+def test_a_job_that_kills_engines_fails_and_the_others_go_on(kit: Any) -> None:
     async def work() -> None:
         server = kit.server()
         poison, other = await submit(kit, server), await submit(kit, server)
-        for times in (1, 2):
-            await started(kit, server, poison, times)
-            await started(kit, server, other, times)
-            await server.engine.restart(poison.id)
+        for job in (poison, other):
+            await started(kit, server, job)
+        await server.engine.restart(poison.id)
         poison = await status(kit, server, poison, "failed")
         assert poison.error is not None
         assert poison.error.code == "engine_crashed"
-        await started(kit, server, other, times=3)
-        assert sum(message.job_id == poison.id for message in server.engine.started) == 2
+        await started(kit, server, other, times=2)
+        await started(kit, server, poison, times=1)
         await server.jobs.aclose()
 
     kit.run(work())
 
 
-def test_deaths_that_a_job_had_no_part_in_do_not_count_against_it(kit: Any) -> None:
+def test_a_job_outlives_any_number_of_engines_that_it_did_not_kill(kit: Any) -> None:
     async def work() -> None:
         server = kit.server()
         job = await submit(kit, server)
         for times in range(1, 5):
             start = await started(kit, server, job, times)
             assert start.lease_epoch == times
-            await server.engine.restart(*([job.id] if times == 1 else []))
+            await server.engine.restart()
         await started(kit, server, job, times=5)
         await server.jobs.aclose()
 
@@ -537,7 +537,7 @@ def test_an_engine_that_comes_back_is_not_kept_waiting_by_a_store_that_is_away(k
         job = await submit(kit, server)
         await started(kit, server, job)
         records.is_away = True
-        await asyncio.wait_for(server.engine.restart(job.id), 1)
+        await asyncio.wait_for(server.engine.restart(), 1)
         await kit.until(lambda: records.num_refused > 1)
         records.is_away = False
         await started(kit, server, job, times=2)
@@ -588,6 +588,120 @@ def test_a_write_whose_answer_was_lost_is_not_made_twice(kit: Any) -> None:
         assert sum(text.startswith("Step 1/") for text in messages) == 2
         assert messages.count("The job has successfully completed") == 1
         assert len((await server.adapters.get("acme", "mine")).versions) == 1
+
+    kit.run(work())
+
+
+class _Failing:
+    """A record store that meets changes for which `is_refused` holds with an error nobody foresaw."""
+
+    def __init__(self, records: Any) -> None:
+        self._records = records
+        self.is_refused: Callable[[Any], bool] = lambda _: False
+
+    def apply(self, changes: Any) -> Any:
+        if any(self.is_refused(change) for change in changes):
+            raise LookupError("nobody foresaw this")
+        return self._records.apply(changes)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._records, name)
+
+
+def test_no_news_of_a_job_are_lost_to_an_unforeseen_error_that_passes(kit: Any) -> None:
+    async def work() -> None:
+        records = _Failing(kit.store.records)
+        server = kit.server(records=records)
+        job = await submit(kit, server)
+        start = await started(kit, server, job)
+        failures = iter([True, False, True, True, False, True])
+        records.is_refused = lambda change: isinstance(change, Update) and next(failures, False)
+        await server.engine.say(kit.progress(start, 1), checkpoint(kit, start, 1), kit.progress(start, 2))
+        await server.engine.say(success(kit, start))
+        await status(kit, server, job, "succeeded")
+        messages = await texts(server, job)
+        assert [text for text in messages if text.startswith(("Step", "Checkpoint"))] == [
+            "Step 1/12: training loss=2.0000",
+            "Step 1/12: training loss=2.0000",
+            "Checkpoint saved at step 1",
+            "Step 2/12: training loss=1.0000",
+            "Step 2/12: training loss=1.0000",
+        ]
+        await server.jobs.aclose()
+
+    kit.run(work())
+
+
+def test_a_job_whose_news_cannot_be_written_fails_alone(kit: Any) -> None:
+    async def work() -> None:
+        records = _Failing(kit.store.records)
+        server = kit.server(records=records)
+        unlucky, other = await submit(kit, server), await submit(kit, server)
+        starts = [await started(kit, server, job) for job in (unlucky, other)]
+
+        def is_refused(change: Any) -> bool:
+            is_its = isinstance(change, Update) and change.record.id == unlucky.id
+            return is_its and change.value["status"] == "running"
+
+        records.is_refused = is_refused
+        for start in starts:
+            await server.engine.say(kit.progress(start, 1), success(kit, start))
+        await status(kit, server, other, "succeeded")
+        unlucky = await status(kit, server, unlucky, "failed")
+        assert unlucky.error is not None
+        assert unlucky.error.code == "internal_error"
+        assert "LookupError: nobody foresaw this" in unlucky.error.message
+        assert server.engine.cancelled == [unlucky.id]
+        await server.jobs.aclose()
+
+    kit.run(work())
+
+
+def test_a_job_that_cannot_even_be_failed_is_taken_up_again(kit: Any) -> None:
+    async def work() -> None:
+        records = _Failing(kit.store.records)
+        server = kit.server(records=records)
+        job = await submit(kit, server)
+        start = await started(kit, server, job)
+        records.is_refused = lambda _: True
+        await server.engine.say(kit.progress(start, 1))
+        await kit.until(lambda: server.engine.cancelled == [job.id])
+        records.is_refused = lambda _: False
+        await server.jobs.tick()
+        await server.engine.say(success(kit, await started(kit, server, job, times=2)))
+        await status(kit, server, job, "succeeded")
+        await server.jobs.aclose()
+
+    kit.run(work())
+
+
+def test_an_unforeseen_error_in_one_jobs_resumption_does_not_keep_others_from_theirs(kit: Any) -> None:
+    async def work() -> None:
+        records = _Failing(kit.store.records)
+        server = kit.server(records=records)
+        unlucky, other = await submit(kit, server), await submit(kit, server)
+        for job in (unlucky, other):
+            await started(kit, server, job)
+        records.is_refused = lambda change: isinstance(change, Update) and change.record.id == unlucky.id
+        await server.engine.restart()
+        await started(kit, server, other, times=2)
+        records.is_refused = lambda _: False
+        await server.jobs.tick()
+        await started(kit, server, unlucky, times=2)
+        await server.jobs.aclose()
+
+    kit.run(work())
+
+
+def test_a_file_that_cannot_be_read_for_a_reason_nobody_foresaw_fails_its_job(kit: Any) -> None:
+    async def work() -> None:
+        records = _Failing(kit.store.records)
+        server = kit.server(records=records)
+        records.is_refused = lambda change: isinstance(change, Update) and change.value["status"] == "queued"
+        job = await status(kit, server, await submit(kit, server), "failed")
+        assert job.error is not None
+        assert job.error.code == "internal_error"
+        await server.jobs.aclose()
 
     kit.run(work())
 

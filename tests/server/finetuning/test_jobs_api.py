@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -354,3 +355,61 @@ def test_jobs_are_refused_with_a_retry_while_the_engine_has_never_been_ready(liv
         live.engine.info, live.engine.ready = info, True
     assert caught.value.status_code == 503
     assert caught.value.response.headers["retry-after"] == "5"
+
+
+# ---------------------------------------------------------------- Idempotency-Key
+
+
+def submit(live: Any, file_id: str, key: str, *, client: Any = None, **changes: Any) -> Any:
+    return (client or live.client).fine_tuning.jobs.create(
+        **{"model": live.base, "training_file": file_id, **changes}, extra_headers={"Idempotency-Key": key}
+    )
+
+
+def test_the_same_key_and_body_make_one_job(live: Any, file_id: str) -> None:
+    first = submit(live, file_id, "once", suffix="a", metadata={"k": "v", "l": "w"})
+    again = submit(live, file_id, "once", metadata={"l": "w", "k": "v"}, suffix="a")
+    assert again.id == first.id
+    assert submit(live, file_id, "twice", suffix="a").id != first.id
+    plain = live.client.fine_tuning.jobs.create(model=live.base, training_file=file_id, suffix="a")
+    assert plain.id != first.id
+
+
+def test_equal_requests_at_a_time_make_one_job(live: Any, file_id: str) -> None:
+    def ids() -> set[str]:
+        return {job.id for job in live.client.fine_tuning.jobs.list(limit=1000)}
+
+    before = ids()
+    with ThreadPoolExecutor(8) as pool:
+        jobs = list(pool.map(lambda _: submit(live, file_id, "racing"), range(8)))
+    assert len({job.id for job in jobs}) == 1
+    assert ids() - before == {jobs[0].id}
+
+
+def test_the_same_key_with_another_body_is_a_conflict_that_is_not_tried_again(
+    live: Any, file_id: str
+) -> None:
+    submit(live, file_id, "reused", seed=1)
+    with pytest.raises(openai.ConflictError) as caught:
+        submit(live, file_id, "reused", seed=2)
+    assert caught.value.code == "idempotency_key_reused"
+    assert caught.value.response.headers["x-should-retry"] == "false"
+
+
+def test_keys_are_a_tenants_own(live: Any, file_id: str, chat_lines: Callable[..., bytes]) -> None:
+    job = submit(live, file_id, "mine")
+    others_file = live.other.files.create(file=("train.jsonl", chat_lines(4)), purpose="fine-tune").id
+    assert submit(live, others_file, "mine", client=live.other).id != job.id
+
+
+def test_a_refused_request_does_not_use_its_key_up(live: Any, file_id: str) -> None:
+    with pytest.raises(openai.NotFoundError):
+        submit(live, "file-none", "retried")
+    assert submit(live, file_id, "retried").id
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256])
+def test_a_bad_key_is_refused(live: Any, file_id: str, key: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        submit(live, file_id, key)
+    assert caught.value.param == "Idempotency-Key"

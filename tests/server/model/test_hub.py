@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from weft_server.errors import ConfigError
 from weft_server.model.config import ModelError
 from weft_server.model.hub import resolve_model
 
@@ -117,11 +118,13 @@ def hub() -> Iterator[Hub]:
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     assert resolve_model(str(tmp_path)) == tmp_path
 
 
 def test_a_directory_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org" / "model").mkdir(parents=True)
+    (tmp_path / "org" / "model" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     assert resolve_model("org/model") == Path("org/model")
 
@@ -138,8 +141,15 @@ def test_what_is_neither_a_directory_nor_a_hub_id_is_refused(
     name: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="neither an existing directory nor a hub id"):
+    with pytest.raises(ConfigError, match="neither an existing directory nor a hub id"):
         resolve_model(name)
+
+
+def test_a_directory_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"holds no config\.json, so it is not a Hugging Face model directory"
+    ):
+        resolve_model(str(tmp_path))
 
 
 def test_a_hub_model_is_downloaded_without_pickle_code_or_duplicates(hub: Hub, tmp_path: Path) -> None:

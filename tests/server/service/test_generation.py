@@ -173,6 +173,35 @@ class TestSampling:
         (tmp_path / "generation_config.json").write_text('{"do_sample": false, "top_k": 50}')
         assert read_generation_defaults(tmp_path).temperature == 0.0
 
+    def test_keys_of_the_models_file_that_change_the_output_and_are_not_implemented_are_warned_of(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        config = {
+            "num_beams": 4,
+            "no_repeat_ngram_size": 3,
+            "typical_p": 1.0,
+            "min_length": None,
+            "top_p": 0.5,
+        }
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
+        assert read_generation_defaults(tmp_path).top_p == 0.5
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "num_beams = 4, no_repeat_ngram_size = 3 would change" in record.getMessage()
+        caplog.clear()
+        neutral = {"num_beams": 1, "typical_p": 1, "bad_words_ids": [], "transformers_version": "5.0"}
+        (tmp_path / "generation_config.json").write_text(json.dumps(neutral))
+        read_generation_defaults(tmp_path)
+        assert not caplog.records
+
+    def test_every_neutral_value_of_transformers_is_neutral_here(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        transformers = pytest.importorskip("transformers", reason="transformers is the oracle")
+        transformers.GenerationConfig().to_json_file(tmp_path / "generation_config.json", use_diff=False)
+        read_generation_defaults(tmp_path)
+        assert not caplog.records
+
     @pytest.mark.parametrize("text", ["{", "[]", '{"temperature": "hot"}', '{"top_p": 7}', '{"top_k": -5}'])
     def test_a_bad_file_is_refused(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "generation_config.json").write_text(text)
@@ -194,3 +223,22 @@ class TestSampling:
                 prompt_logprobs=None,
             )
         assert caught.value.param == "min_tokens"
+
+    def test_an_end_token_that_the_model_cannot_produce_is_no_stop_token(self, byte_level: Tokenizer) -> None:
+        end, *_ = byte_level.stop_ids
+
+        def stop_ids(vocab_size: int) -> tuple[int, ...]:
+            params = merge_sampling(
+                SamplingRequest(stop_token_ids=(1,)),
+                GenerationDefaults(),
+                byte_level,
+                max_tokens=4,
+                vocab_size=vocab_size,
+                seed=0,
+                prompt_logprobs=None,
+            )
+            return params.stop_token_ids
+
+        assert end in stop_ids(end + 1)
+        assert end not in stop_ids(end)
+        assert 1 in stop_ids(end)

@@ -21,7 +21,6 @@ def registry(tmp_path: Path, text: str) -> TenantRegistry:
 
 def test_without_a_file_everyone_is_the_default_tenant() -> None:
     tenants = TenantRegistry()
-    assert not tenants.has_keys
     for header in (None, "Bearer anything"):
         tenant = tenants.authenticate(header)
         assert (tenant.name, tenant.is_admin) == ("default", True)
@@ -65,6 +64,9 @@ def test_a_key_that_is_not_unicode_is_only_wrong(tmp_path: Path) -> None:
         (f'[[tenants]]\nkeys = ["{DIGEST}"]', r"tenants\[0\]\.name: None"),
         (f'[[tenants]]\nname = "a"\nweight = 0\nkeys = ["{DIGEST}"]', r"weight: 0"),
         (f'[[tenants]]\nname = "a"\nweight = true\nkeys = ["{DIGEST}"]', r"weight: True"),
+        (f'[[tenants]]\nname = "a"\nmax_concurrency = 0\nkeys = ["{DIGEST}"]', r"max_concurrency: 0 is not"),
+        (f'[[tenants]]\nname = "a"\nmax_concurrency = true\nkeys = ["{DIGEST}"]', r"max_concurrency: True"),
+        (f'[[tenants]]\nname = "a"\nmax_concurrency = 1.5\nkeys = ["{DIGEST}"]', r"max_concurrency: 1.5"),
         (f'[[tenants]]\nname = "a"\nadmin = "yes"\nkeys = ["{DIGEST}"]', r"admin: 'yes'"),
         (f'[[tenants]]\nname = "a"\nrole = "x"\nkeys = ["{DIGEST}"]', "unknown key 'role'"),
         ('[[tenants]]\nname = "a"', "at least one 'sha256"),

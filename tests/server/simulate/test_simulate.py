@@ -232,7 +232,8 @@ def test_the_simulated_sizes_are_those_of_the_engine() -> None:
         assert {name: getattr(GPUS[gpu], name) for name in names} == {name: values[name] for name in names}
     from weft_scheduler.simulator import gpus
 
-    assert (gpus.BLOCK_SIZE, gpus.NUM_ADAPTER_SLOTS) == (sizing.BLOCK_SIZE, sizing.NUM_ADAPTER_SLOTS)
+    for name in ("BLOCK_SIZE", "NUM_ADAPTER_SLOTS", "TRAINING_ADAPTER_SHARE", "PINNED_ADAPTER_SHARE"):
+        assert getattr(gpus, name) == getattr(sizing, name)
     cuda = sizing.CUDA_DEFAULTS
     shares = (cuda.cache_share, cuda.arena_share, cuda.activation_share)
     assert shares == (gpus.CACHE_SHARE, gpus.ARENA_SHARE, gpus.ACTIVATION_SHARE)

@@ -351,13 +351,15 @@ def test_a_redis_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
 
 @pytest.mark.redis
 def test_a_redis_that_hangs_is_unavailable_and_usable_once_it_goes_on(
-    start_redis: StartRedis, tmp_path: Path
+    start_redis: StartRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start_redis()
     with opened(server, tmp_path) as store:
         server.signal(signal.SIGSTOP)
-        with pytest.raises(StoreUnavailable, match="does not answer"):
+        with pytest.raises(StoreUnavailable, match="does not answer") as caught:
             store.records.next_number("n")
+        assert str(server.port) not in caught.value.message, "tenants need not know where the store is"
+        assert any(str(server.port) in record.getMessage() for record in caplog.records)
         server.signal(signal.SIGCONT)
         # The first may or may not have counted before its answer was given up on.
         assert store.records.next_number("n") in (1, 2)

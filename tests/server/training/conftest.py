@@ -172,6 +172,7 @@ class Bench:
             max_pack_tokens=max_pack_tokens,
             dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
         )
+        job.take_place()
         slot = len(self.slots)
         offset = sum(other.adapter.num_elements for other in self.jobs.values())
         self.arena.load(slot, offset, HostImage.build(job.adapter, self.dtype))
@@ -247,7 +248,7 @@ class Bench:
         from weft_kernels.attention import AttentionBatch, make_chunk
         from weft_kernels.lora import LoraBatch
         from weft_server.model.batch import TokenBatch
-        from weft_server.training.data import IGNORED, examples_of_step
+        from weft_server.training.data import IGNORED, ExampleOrder
 
         job, slot = self.jobs[job_id], self.slots[job_id]
         arena = AdapterArena(1 << 20, 8, self.config.num_layers, dtype=self.dtype, device=CPU)
@@ -257,7 +258,7 @@ class Bench:
             arena.weights[: image.num_elements] = job.optimizer.master.data.to(self.dtype)
         arena.table.set_slot(slot, 0, image.entries)
         spec, dataset, total = job.spec, job._dataset, 0.0
-        for idx in examples_of_step(len(dataset), spec.batch_size, spec.seed, job.num_steps_done):
+        for idx in ExampleOrder(len(dataset), spec.batch_size, spec.seed).of_step(job.num_steps_done):
             example = dataset[idx]
             length = len(example.tokens)
             num_blocks = -(-length // BLOCK_SIZE)
@@ -270,12 +271,11 @@ class Bench:
                 dtype=self.dtype,
                 device=CPU,
             )
-            empty = torch.empty(0, dtype=torch.int64)
             chunk = make_chunk(0, length, 0, length, torch.arange(num_blocks), BLOCK_SIZE)
             batch = TokenBatch(
                 positions=torch.arange(length),
                 slot_mapping=torch.arange(length),
-                attention=AttentionBatch(0, empty.view(0, 0), empty, [chunk]),
+                attention=AttentionBatch((), [chunk]),
                 lora=LoraBatch.build([(slot, 0, length)], CPU),
             )
             hidden = self.decoder.embed(example.tokens)

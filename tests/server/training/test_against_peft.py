@@ -14,7 +14,7 @@ from weft_server.adapters.packed import PackedAdapter
 from weft_server.adapters.peft import read_peft
 from weft_server.model.config import ModelConfig
 from weft_server.model.loading import load_weights
-from weft_server.training.data import IGNORED, examples_of_step
+from weft_server.training.data import IGNORED, ExampleOrder
 from weft_server.training.job import StepReport
 
 NUM_STEPS = 30
@@ -77,7 +77,7 @@ def _train_with_peft(model: peft.PeftModel, dataset, spec) -> Trajectory:
     schedule = transformers.get_scheduler(spec.lr_scheduler, optimizer, warmup, spec.total_steps)
     losses, norms, first = [], [], {}
     for step in range(spec.total_steps):
-        examples = [dataset[i] for i in examples_of_step(len(dataset), spec.batch_size, spec.seed, step)]
+        examples = [dataset[i] for i in ExampleOrder(len(dataset), spec.batch_size, spec.seed).of_step(step)]
         num_targets = sum(e.num_targets for e in examples)
         loss = torch.zeros(())
         for example in examples:

@@ -12,10 +12,9 @@ from torch import Tensor
 import weft_server.adapters.image as image_module
 import weft_server.engine.runner as runner_module
 import weft_server.model.decoder as decoder_module
-import weft_server.training.job as job_module
 from weft_kernels.attention import make_chunk
 from weft_server.model.decoder import Decoder
-from weft_server.training.data import examples_of_step
+from weft_server.training.data import ExampleOrder
 from weft_server.training.job import StepReport
 from weft_server.training.optimizer import FlatAdamW
 from weft_server.training.pack import Pack, PackChunk
@@ -48,7 +47,7 @@ def setting(bench, make):
         return b
 
     gradient, loss = build().whole_sequence_gradient("job")
-    chosen = examples_of_step(len(dataset), spec.batch_size, spec.seed, 0)
+    chosen = ExampleOrder(len(dataset), spec.batch_size, spec.seed).of_step(0)
     num_targets = sum(dataset[idx].num_targets for idx in chosen)
     master = torch.nn.Parameter(adapter.weights.to(torch.float64))
     master.grad = gradient / num_targets
@@ -114,9 +113,8 @@ def _gradient_scaled_by_8(patch):
 
 
 def _half_of_the_examples_ignored(patch):
-    patch.setattr(
-        job_module, "examples_of_step", lambda *args: (chosen := examples_of_step(*args))[: len(chosen) // 2]
-    )
+    of_step = ExampleOrder.of_step
+    patch.setattr(ExampleOrder, "of_step", lambda *args: (chosen := of_step(*args))[: len(chosen) // 2])
 
 
 def _frozen(patch, side):
@@ -145,12 +143,16 @@ def _scale_dropped(patch):
 
 def _loss_divided_by_all_tokens(patch):
     step = FlatAdamW.step
-    patch.setattr(FlatAdamW, "step", lambda self, number, _num_targets: step(self, number, sum(LENGTHS)))
+    patch.setattr(
+        FlatAdamW, "step", lambda self, number, _num_targets, valid: step(self, number, sum(LENGTHS), valid)
+    )
 
 
 def _loss_averaged_over_packs(patch):
     step = FlatAdamW.step
-    patch.setattr(FlatAdamW, "step", lambda self, number, num_targets: step(self, number, num_targets * 2))
+    patch.setattr(
+        FlatAdamW, "step", lambda self, number, num_targets, valid: step(self, number, num_targets * 2, valid)
+    )
 
 
 def _attention_across_examples(patch):

@@ -1,0 +1,120 @@
+"""First launches, before there is anybody who waits for them.
+
+Triton compiles a kernel when it is first launched with a new combination of tile sizes: seconds, in which a
+serving engine would stand still. So at start every combination that can occur is launched once, on zeros and
+on a dummy adapter that is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+
+import torch
+
+from weft_kernels.lora import LoraBatch, LoraDropout, LoraEntry, lora_backward, lora_forward
+from weft_kernels.nf4 import MAX_FUSED_ROWS
+from weft_server.adapters.arena import AdapterArena
+from weft_server.adapters.image import HostImage
+from weft_server.adapters.layout import AdapterLayout, ModuleShapes
+from weft_server.adapters.paths import MODULE_GROUPS, MODULES
+from weft_server.model.decoder import Decoder
+from weft_server.model.weights import DecoderWeights
+
+log = logging.getLogger(__name__)
+
+TILES = (16, 32, 64)
+"""Rows, and ranks, of the tiles that the kernels are compiled for: sizes that fill one of each."""
+
+
+def warm_up(decoder: Decoder, arena: AdapterArena) -> None:
+    """Launch what the engine will launch; nothing to do where the reference runs (CPU, or float64)."""
+    if decoder.device.type != "cuda" or decoder.dtype == torch.float64:
+        return
+    started = time.perf_counter()
+    warm_linears(decoder.weights)
+    warm_lora(arena, decoder.config.num_layers, decoder.config.module_shapes)
+    torch.cuda.synchronize(decoder.device)
+    log.info("compiled and loaded the kernels in %.1f s", time.perf_counter() - started)
+
+
+@torch.no_grad()
+def warm_linears(weights: DecoderWeights) -> None:
+    """Products of all row counts that differ, forward and backward, with every linear of one layer."""
+    for linear in weights.layers[0].linears:
+        for num_rows in (*TILES, MAX_FUSED_ROWS + 1):
+            x = torch.zeros(num_rows, linear.in_features, dtype=weights.dtype, device=weights.device)
+            linear.input_grad(linear.forward(x))
+
+
+def warm_lora(arena: AdapterArena, num_layers: int, shapes: ModuleShapes) -> None:
+    """Every tile of rows and of ranks, forward and backward, with and without dropout, in every group of
+    modules. The arena must be empty, and is so afterwards."""
+    for rank in TILES:
+        image = dummy_image(num_layers, shapes, rank, layers=range(1), dtype=arena.weights.dtype)
+        if image.num_elements > arena.num_elements:
+            log.warning("the kernels for rank %d are compiled when used: the arena is too small", rank)
+            continue
+        with resident(arena, [image]):
+            for num_rows in TILES:
+                for has_dropout in (False, True):
+                    _run_groups(arena, shapes, num_rows, image.num_elements, has_dropout=has_dropout)
+
+
+@contextlib.contextmanager
+def resident(arena: AdapterArena, images: list[HostImage]) -> Iterator[None]:
+    """Adapters in slots 0, 1, … of an empty arena, one behind the other; gone on leaving."""
+    offset = 0
+    for slot, image in enumerate(images):
+        arena.load(slot, offset, image)
+        offset += image.num_elements
+    try:
+        yield
+    finally:
+        for slot in range(len(images)):
+            arena.clear(slot)
+
+
+def dummy_image(
+    num_layers: int, shapes: ModuleShapes, rank: int, *, layers: range, dtype: torch.dtype
+) -> HostImage:
+    """An adapter of zeros on every module of these layers."""
+    ranks = {(layer, module): rank for layer in layers for module in shapes}
+    layout = AdapterLayout.build(num_layers, shapes, ranks)
+    entries = tuple(
+        LoraEntry(
+            layer=entry.layer,
+            module=entry.module,
+            rank=entry.rank,
+            in_features=entry.in_features,
+            out_features=entry.out_features,
+            a_offset=entry.a_offset,
+            b_offset=entry.b_offset,
+            scale=1.0,
+        )
+        for entry in layout
+    )
+    return HostImage("dummy", torch.zeros(layout.num_elements, dtype=dtype), entries)
+
+
+@torch.no_grad()
+def _run_groups(
+    arena: AdapterArena, shapes: ModuleShapes, num_rows: int, num_elements: int, *, has_dropout: bool
+) -> None:
+    device, dtype = arena.weights.device, arena.weights.dtype
+    batch = LoraBatch.build([(0, 0, num_rows)], device)
+    assert batch is not None  # it has rows
+    dropout = None
+    if has_dropout:
+        keys = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        dropout = LoraDropout(torch.full((num_rows,), 0.5, device=device), keys)
+    grads = {0: torch.zeros(num_elements, dtype=torch.float32, device=device)}
+    for group in MODULE_GROUPS:
+        modules = tuple(MODULES.index(module) for module in group)
+        widths = tuple(shapes[module][1] for module in group)
+        x = torch.zeros(num_rows, shapes[group[0]][0], dtype=dtype, device=device)
+        y = torch.zeros(num_rows, sum(widths), dtype=dtype, device=device)
+        lora_forward(x, y, arena.table, 0, modules, widths, batch, dropout)
+        lora_backward(x, y, torch.zeros_like(x), grads, arena.table, 0, modules, widths, batch, dropout)
