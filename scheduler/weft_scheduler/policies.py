@@ -61,9 +61,9 @@ class StaticCapPolicy:
     """Inference first, then a fixed amount of finetuning, whatever it takes.
 
     Prompts fill a fixed number of tokens. A plan then holds forward windows of at most `max_train_tokens`
-    tokens (and of what is left of `max_tokens`), or the backward of the whole wave through `num_layers`
-    layers; at least one window where there is any room. No latency model, no targets. This is what FlexLLM's
-    released code does (`request_manager.cc`), with several jobs where that has one.
+    tokens (and of what is left of `max_tokens`; one window where anything is left), or the backward of the
+    whole wave through `num_layers` layers. No latency model, no targets. This is what FlexLLM's released code
+    does (`request_manager.cc`), with several jobs where that has one.
     """
 
     def __init__(self, max_tokens: int = 512, max_train_tokens: int = 256, num_layers: int = 1) -> None:

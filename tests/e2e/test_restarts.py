@@ -9,6 +9,8 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
+from weft_scheduler.simulator.fitted import read_fitted
+
 PROMPT = "Once upon a time"
 STORIES = [{"text": f"The {animal} saw a big red ball in the park."} for animal in ("dog", "cat", "bird")]
 
@@ -59,6 +61,7 @@ def test_nothing_acknowledged_is_lost_when_servers_end(
     helpers.wait_until(lambda: jobs.retrieve(long_job).weft["step"] > step, "the job to go on")
 
     assert server.stop(signal.SIGTERM) == 0
+    assert read_fitted((server.data_dir / "cost_model.json").read_text()).noise > 0.0
     server = start().wait_ready()
     server.wait_for_event(long_job, "The server restarted", count=2)
     messages = [event.message for event in server.events(long_job)]

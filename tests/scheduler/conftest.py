@@ -468,7 +468,7 @@ def make_engine(make_limits: Callable[..., Limits]) -> Callable[..., SimulatedEn
     """A simulated engine over small limits."""
 
     def make(seed: int = 0, targets: LatencyTargets | None = None, **overrides: Any) -> SimulatedEngine:
-        names = ("latency", "noise", "nan_rate", "tenant_weights")
+        names = ("latency", "noise", "nan_rate", "tenant_weights", "policy")
         options = {key: overrides.pop(key) for key in names if key in overrides}
         targets = targets or LatencyTargets(tpot_s=0.05, ttft_s=2.0)
         return SimulatedEngine(make_limits(**overrides), seed, targets, **options)

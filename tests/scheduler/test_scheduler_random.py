@@ -8,10 +8,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from weft_scheduler import LatencyTargets, PrefixSpec, RequestSpec, ServiceTier, prefix_root
+from weft_scheduler.policies import AlternatingPolicy, NoCoservingPolicy, Policy, StaticCapPolicy
 
 TENANTS = ("ada", "bob", "cyd")
 
@@ -185,3 +187,21 @@ def plans_of(make_engine: Callable[..., Any], seed: int, with_cache: bool) -> li
 @given(seed=st.integers(0, 2**32))
 def test_what_is_cached_is_in_nobodys_way(make_engine: Callable[..., Any], seed: int) -> None:
     assert plans_of(make_engine, seed, with_cache=True) == plans_of(make_engine, seed, with_cache=False)
+
+
+def small_caps() -> StaticCapPolicy:
+    """Caps of the size of the small limits."""
+    return StaticCapPolicy(max_tokens=24, max_train_tokens=16, num_layers=1)
+
+
+@pytest.mark.parametrize(
+    "make_policy", [AlternatingPolicy, NoCoservingPolicy, small_caps], ids=lambda p: p.__name__
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_other_policies_break_no_rule_of_the_engine_either(
+    make_engine: Callable[..., Any], make_policy: Callable[[], Policy], seed: int
+) -> None:
+    rng = random.Random(seed)
+    engine = make_engine(seed, policy=make_policy(), **random_setting(rng))
+    drive(engine, rng, rng.randint(10, 200), rng.choice((0, 1, 3, 12)))

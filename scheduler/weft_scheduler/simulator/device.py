@@ -61,6 +61,7 @@ class SimulatedDevice:
         work = Work(stepped_elements=stepped_elements, optimizer_steps=len(plan.optimizer_steps))
         sampled = self._forward(plan, work)
         self._backward(plan, work)
+        work.moved_elements = sum(move.num_elements for move in plan.memory.adapter_moves)
         seconds = self._model.seconds(work)
         if self._noise:
             seconds *= math.exp(self._random.gauss(-0.5 * self._noise**2, self._noise))

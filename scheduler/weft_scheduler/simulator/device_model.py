@@ -31,7 +31,8 @@ class Work:
     """What one plan computes: the fields of `PlanFeatures`, and what the device alone needs to know.
 
     `backward_products` sums tokens · context over backward slices (per layer), `adapter_elements` the
-    elements of the distinct adapters, `stepped_elements` those of adapters whose optimizer step runs.
+    elements of the distinct adapters, `stepped_elements` those of adapters whose optimizer step runs,
+    `moved_elements` those of adapters that change their place in the arena.
     """
 
     forward_tokens: int = 0
@@ -46,6 +47,7 @@ class Work:
     backward_products: int = 0
     adapter_elements: int = 0
     stepped_elements: int = 0
+    moved_elements: int = 0
 
 
 class DeviceModel(Protocol):
@@ -92,6 +94,7 @@ class Roofline:
             busy_s += self.backward_s(work)
             num_launches += LAUNCHES_PER_SLICE * work.num_backward_slices
         busy_s += work.adapter_elements * DENSE_BYTES / self.bytes_per_s
+        busy_s += 2 * work.moved_elements * DENSE_BYTES / self.bytes_per_s
         busy_s += work.stepped_elements * OPTIMIZER_BYTES_PER_ELEMENT / self.bytes_per_s
         return max(busy_s, num_launches * gpu.launch_s) + gpu.overhead_s
 
@@ -129,11 +132,16 @@ class FittedDevice:
         return max(self._cost.predict(work), 1e-6)
 
 
-def calibration_samples(device: DeviceModel, limits: Limits) -> list[tuple[PlanFeatures, float]]:
-    """The measurements that an engine makes at its start, on this device: decodes, prompts, one pack."""
+def calibration_samples(
+    device: DeviceModel, limits: Limits, adapter_elements: int = 0
+) -> list[tuple[PlanFeatures, float]]:
+    """The measurements that an engine makes at its start, on this device: decodes, prompts, decodes with
+    adapters of `adapter_elements` elements (unless 0), one pack.
+    """
     features = [_decodes(num) for num in (1, 4, 16, 32) if num <= limits.max_num_seqs]
     most = min(limits.max_batch_tokens, limits.max_model_len - 1, limits.capacity_tokens)
     features += [_prompt(num) for num in (16, 64, 128, 256, 512, 1024) if num <= most]
+    features += [_decodes(num, adapter_elements) for num in (1, 4, 8) if adapter_elements]
     window = min(limits.window_tokens, limits.max_pack_tokens, limits.max_batch_tokens)
     if window >= 2:
         features.append(PlanFeatures(window, window, window * window, loss_tokens=window))
@@ -145,8 +153,14 @@ def calibration_samples(device: DeviceModel, limits: Limits) -> list[tuple[PlanF
     return [(item, device.seconds(_work(item, limits))) for item in features]
 
 
-def _decodes(num: int) -> PlanFeatures:
-    return PlanFeatures(forward_tokens=num, kv_tokens_read=33 * num, num_sequences=num)
+def _decodes(num: int, adapter_elements: int = 0) -> PlanFeatures:
+    return PlanFeatures(
+        forward_tokens=num,
+        kv_tokens_read=33 * num,
+        num_sequences=num,
+        num_adapters=num if adapter_elements else 0,
+        adapter_elements=num * adapter_elements,
+    )
 
 
 def _prompt(num: int) -> PlanFeatures:
@@ -164,4 +178,6 @@ def _work(features: PlanFeatures, limits: Limits) -> Work:
         backward_token_layers=features.backward_token_layers,
         num_backward_slices=features.num_backward_slices,
         backward_products=features.num_backward_slices * window * window // 2,
+        num_adapters=features.num_adapters,
+        adapter_elements=features.adapter_elements,
     )

@@ -14,6 +14,7 @@ from weft_scheduler.simulator.shapes import DENSE_BYTES, ModelShape
 
 BLOCK_SIZE = 16
 NUM_ADAPTER_SLOTS = 256
+TRAINING_ADAPTER_SHARE, PINNED_ADAPTER_SHARE = 0.375, 0.125
 MEMORY_UTILIZATION = 0.90
 CACHE_SHARE, ARENA_SHARE, ACTIVATION_SHARE = 0.60, 0.10, 0.20
 MAX_CACHE_TOKENS = 1 << 21
@@ -130,6 +131,8 @@ def choose_limits(
         max_batch_tokens=gpu.max_batch_tokens,
         max_model_len=context,
         num_adapter_slots=NUM_ADAPTER_SLOTS,
+        training_adapter_share=TRAINING_ADAPTER_SHARE,
+        pinned_adapter_share=PINNED_ADAPTER_SHARE,
         arena_elements=int(arena_bytes) // DENSE_BYTES // 64 * 64,
         window_tokens=window_tokens or gpu.window_tokens,
         num_layers=shape.num_layers,

@@ -198,8 +198,12 @@ class Recorder:
             service_fairness=jain_index(service[tenant] / self._weight(tenant) for tenant in tenants),
             contended_fairness=self._contended_fairness(),
             training_fairness=self._training_fairness(),
-            worst_tenant_ttft_p95=self._worst_ttft(records),
             adapter_hit_rate=sum(known) / len(known) if known else None,
+            prefix_hit_rate=(
+                scheduler.num_prefix_hits / scheduler.num_prefix_queries
+                if scheduler.num_prefix_queries
+                else None
+            ),
             num_adapter_loads=num_adapter_loads,
             kv_mean=self._kv_seconds / self.busy_s if self.busy_s else 0.0,
             kv_peak=self._kv_peak,
@@ -209,6 +213,7 @@ class Recorder:
             busy_share=min(1.0, self.busy_s / duration_s),
             cost_error_p50=scheduler.cost.error_p50,
             cost_error_p95=scheduler.cost.error_p95,
+            ttft_p95_by_tenant=self._ttft_by_tenant(records),
             trained_by_tenant=dict(self.trained_by_tenant),
         )
 
@@ -222,9 +227,9 @@ class Recorder:
         return jain_index(tokens / self._weight(tenant) for tenant, tokens in self.trained_by_tenant.items())
 
     @staticmethod
-    def _worst_ttft(records: list[RequestRecord]) -> float | None:
+    def _ttft_by_tenant(records: list[RequestRecord]) -> dict[str, float]:
         by_tenant: dict[str, list[float]] = {}
         for record in records:
             if record.ttft_s is not None:
                 by_tenant.setdefault(record.tenant, []).append(record.ttft_s)
-        return max((percentile(sorted(times), 95.0) or 0.0 for times in by_tenant.values()), default=None)
+        return {name: percentile(sorted(times), 95.0) or 0.0 for name, times in sorted(by_tenant.items())}

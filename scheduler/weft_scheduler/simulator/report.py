@@ -110,7 +110,8 @@ class Report:
     through the backward of all layers; `kept` compares with the same jobs alone. `service_fairness` is
     Jain's index of tenants' tokens (prompt 1, answer 2) over weight, `contended_fairness` the same of the
     10-second windows at whose both ends at least two tenants had requests waiting, of those tenants alone.
-    `adapter_hit_rate` is the share of requests whose adapter was on the device when they arrived.
+    `adapter_hit_rate` is the share of requests whose adapter was on the device when they arrived,
+    `prefix_hit_rate` the share of prompt tokens found in the prefix cache, of those looked for.
     """
 
     policy: str
@@ -132,8 +133,8 @@ class Report:
     service_fairness: float
     contended_fairness: float | None
     training_fairness: float | None
-    worst_tenant_ttft_p95: float | None
     adapter_hit_rate: float | None
+    prefix_hit_rate: float | None
     num_adapter_loads: int
     kv_mean: float
     kv_peak: float
@@ -143,6 +144,7 @@ class Report:
     busy_share: float
     cost_error_p50: float
     cost_error_p95: float
+    ttft_p95_by_tenant: Mapping[str, float] = field(default_factory=dict)
     trained_by_tenant: Mapping[str, float] = field(default_factory=dict)
 
     @property

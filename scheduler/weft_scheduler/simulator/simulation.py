@@ -7,6 +7,7 @@ nothing happens in.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import PackDone, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import StepPlan
 from weft_scheduler.policies import POLICIES, Policy
+from weft_scheduler.prefix import PrefixSpec, prefix_root
 from weft_scheduler.requests import RequestSpec, RequestTooLarge
 from weft_scheduler.scheduler import Scheduler
 from weft_scheduler.simulator.device import STOP_TOKEN, SimulatedDevice
@@ -117,6 +119,19 @@ def dedicated_rate(setup: Setup, duration_s: float = DEDICATED_S) -> float | Non
     return simulate((), alone, duration_s=duration_s).report.trained_per_s
 
 
+def _prefix(idx: int, request: TraceRequest) -> PrefixSpec | None:
+    """Token ids that are equal where the trace's hashes are; None for a trace that has none."""
+    if not request.prefix_hashes:
+        return None
+    tokens = array("q")
+    for block_hash in request.prefix_hashes:
+        tokens.extend([block_hash] * request.prefix_block_tokens)
+    del tokens[request.num_prompt_tokens :]
+    # What no hash covers is this request's own.
+    tokens.extend([-1 - idx] * (request.num_prompt_tokens - len(tokens)))
+    return PrefixSpec(prefix_root(request.tenant, request.adapter), tokens)
+
+
 class Simulation:
     """One run. `run` is called once."""
 
@@ -126,7 +141,8 @@ class Simulation:
         limits = setup.limits
         cost = setup.beliefs or CostModel()
         if setup.beliefs is None:
-            cost.calibrate(calibration_samples(setup.device, limits))
+            largest = max([*setup.adapter_elements.values(), *setup.job_elements.values()], default=0)
+            cost.calibrate(calibration_samples(setup.device, limits, largest))
         slo = setup.slo
         targets = LatencyTargets(slo.tpot_s, slo.ttft_s, slo.percentile)
         self._scheduler = Scheduler(limits, cost, targets, setup.weights, policy)
@@ -212,6 +228,8 @@ class Simulation:
         times.append(self._arrivals[0][1].arrival_s if self._arrivals else None)
         times.append(self._waiting_jobs[0][0] if self._waiting_jobs else None)
         coming = [time_s for time_s in times if time_s is not None]
+        if not coming and self._is_over(duration_s):
+            return
         self._num_empty += 1
         if not coming or self._num_empty > 10_000:
             raise SimulationStuck(
@@ -246,6 +264,7 @@ class Simulation:
             max_new_tokens=max(1, min(max(request.num_output_tokens, _LONGEST_ANSWER), room)),
             stop_token_ids=frozenset((STOP_TOKEN,)),
             adapter=adapter,
+            prefix=_prefix(idx, request),
         )
         was_resident = None if adapter is None else self._scheduler.adapter_slot(adapter) is not None
         try:

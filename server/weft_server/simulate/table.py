@@ -27,6 +27,8 @@ def report_lines(report: Report, slo: Slo) -> list[str]:
         f"memory         KV {report.kv_mean:.1%} on average, {report.kv_peak:.1%} at most; "
         f"{report.num_preemptions} preemptions, {report.num_packs_dropped} packs dropped",
     ]
+    if report.prefix_hit_rate is not None:
+        lines.append(f"prefix cache   {report.prefix_hit_rate:.1%} of the prompt tokens found")
     if report.adapter_hit_rate is not None:
         lines.append(
             f"adapters       {report.adapter_hit_rate:.1%} on the device at arrival; "
@@ -61,6 +63,9 @@ def _fairness(report: Report) -> str:
     parts = [f"{report.service_fairness:.3f} of all service"]
     if report.contended_fairness is not None:
         parts.append(f"{report.contended_fairness:.3f} while tenants waited")
+    if len(report.ttft_p95_by_tenant) > 1:
+        worst = max(report.ttft_p95_by_tenant, key=lambda tenant: report.ttft_p95_by_tenant[tenant])
+        parts.append(f"worst p95 of a first token {report.ttft_p95_by_tenant[worst] * 1000:.0f} ms ({worst})")
     if report.training_fairness is not None:
         parts.append(f"{report.training_fairness:.3f} of finetuning")
     return "Jain's index over tenants: " + ", ".join(parts)

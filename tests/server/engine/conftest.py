@@ -24,6 +24,7 @@ from weft_kernels.attention import AttentionBatch, make_chunk
 from weft_kernels.lora import LoraBatch
 from weft_scheduler.limits import Limits
 from weft_scheduler.plan import SegmentKind, StepPlan
+from weft_scheduler.policies import Policy
 from weft_server.adapters.arena import AdapterArena
 from weft_server.adapters.image import HostImage
 from weft_server.adapters.packed import PackedAdapter, new_adapter, repack
@@ -140,6 +141,7 @@ class Harness:
     limits: dict[str, Any] = field(default_factory=dict)
     read: Callable[[str], bytes] | None = None
     put: Callable[[Iterable[bytes]], str] | None = None
+    policy: Policy | None = None
 
     def __post_init__(self) -> None:
         sizes: dict[str, Any] = {
@@ -177,8 +179,10 @@ class Harness:
             base_fingerprint="tiny",
             sizes=Sizes(limits, min(self.max_pack_tokens, limits.max_pack_tokens), self.pipeline_depth),
             clock=self.clock,
+            policy=self.policy,
         )
         self.engine = built.engine
+        self.describe_device = built.describe_device
         self.engine._record_plan = self.records.append
         self.ready = built.ready
         self.scheduler = built.engine._scheduler

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from weft_scheduler import PlanFeatures
 from weft_scheduler.plan import SegmentKind
+from weft_scheduler.policies import POLICIES, StaticCapPolicy
+from weft_scheduler.simulator.fitted import read_fitted
 from weft_server.protocol import JobFailed, JobSucceeded
 
 LENGTHS = (31, 12, 44, 7, 26, 19, 33, 9, 15, 40)
@@ -52,6 +57,31 @@ def test_training_beside_inference_changes_neither(tpot_slo_ms, pipeline_depth, 
     mixed = [plan for plan in both.plans if {SegmentKind.DECODE, SegmentKind.TRAIN} <= _kinds(plan)]
     assert mixed, "decodes and finetuning never shared an iteration"
     assert any(SegmentKind.TRAIN in {s.kind for s in plan.forward} for plan in mixed)
+
+
+@pytest.mark.parametrize("policy", ["alternating", "static-cap", "no-coserving"])
+def test_another_policy_changes_when_things_run_and_nothing_else(policy, harness, make):
+    chosen = StaticCapPolicy(48, 32, 1) if policy == "static-cap" else POLICIES[policy]()
+    weft, other = harness(), harness(policy=chosen, pipeline_depth=1)
+    for h in (weft, other):
+        _generate(h, make)
+        h.start_job("job", make.dataset(LENGTHS), make.spec())
+        h.run()
+    assert [other.tokens(f"r{i}") for i in range(5)] == [weft.tokens(f"r{i}") for i in range(5)]
+    assert other.losses("job") == pytest.approx(weft.losses("job"), abs=1e-4)
+    mixed = [plan for plan in other.plans if {SegmentKind.DECODE, SegmentKind.TRAIN} <= _kinds(plan)]
+    assert bool(mixed) is (policy == "static-cap")
+
+
+def test_an_engine_describes_its_device_for_simulations(harness, make):
+    h = harness(tpot_slo_ms=123.0)
+    _generate(h, make)
+    h.run()
+    fitted = read_fitted(json.dumps(h.describe_device()))
+    assert (fitted.model, fitted.slo.tpot_s, fitted.max_pack_tokens) == ("tiny", 0.123, 64)
+    assert fitted.limits == h.scheduler.limits
+    features = PlanFeatures(forward_tokens=20, num_sequences=5)
+    assert fitted.cost.predict(features) == pytest.approx(h.scheduler.cost.predict(features))
 
 
 def test_the_loss_falls_and_the_trained_adapter_can_be_served(harness, make, oracle):
