@@ -187,7 +187,7 @@ async def run(url: str, arguments: argparse.Namespace) -> list[Window]:
         return windows
 
 
-def _hardware() -> dict[str, str | int]:
+def hardware() -> dict[str, str | int]:
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
@@ -234,11 +234,11 @@ def main() -> int:
     arguments = parser.parse_args()
     with served(arguments) as url:
         windows = asyncio.run(run(url, arguments))
-    hardware = _hardware()
-    print(" ".join(f"{key}={value}" for key, value in hardware.items()))
+    machine = hardware()
+    print(" ".join(f"{key}={value}" for key, value in machine.items()))
     print(_table(windows))
     if arguments.json is not None:
-        result = {"command": sys.argv, "hardware": hardware, "windows": [asdict(w) for w in windows]}
+        result = {"command": sys.argv, "hardware": machine, "windows": [asdict(w) for w in windows]}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -62,9 +62,15 @@ class BuiltEngine:
 
 
 def build_engine(
-    config: EngineConfig, blobs: BlobIO, *, record_plan: Callable[[list[str]], None] | None = None
+    config: EngineConfig,
+    blobs: BlobIO,
+    *,
+    record_plan: Callable[[list[str]], None] | None = None,
+    policy: Policy | None = None,
 ) -> BuiltEngine:
     """Load the base, size everything, calibrate, and wire; the calling thread must be the one that steps.
+
+    `record_plan` and `policy` are those of `assemble_engine`.
 
     Raises:
         WeftError: a bad model directory, or sizes that cannot be honoured.
@@ -85,7 +91,9 @@ def build_engine(
     )
     log.info("loaded %s in %.1f s", path, time.perf_counter() - started)
     fingerprint = base_fingerprint(path)
-    return assemble_engine(config, weights, blobs, base_fingerprint=fingerprint, record_plan=record_plan)
+    return assemble_engine(
+        config, weights, blobs, base_fingerprint=fingerprint, record_plan=record_plan, policy=policy
+    )
 
 
 def assemble_engine(
