@@ -116,7 +116,7 @@ class PlanDraft:
         tally.num_sequences += 1
         tally.forward_tokens += 1
         tally.kv_tokens_read += start + 1
-        self.inference.add(sequence.spec.tenant, self.cost.decode_s(start + 1))
+        self.inference.by_tenant[sequence.spec.tenant] += self.cost.decode_s(start + 1)
         self.num_decodes += 1
 
     def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:
@@ -213,9 +213,12 @@ class PlanDraft:
             self._uncount_adapters(new)
             return False
         members = wave.members()
-        for pack in members:
-            own = training.window_range(pack, wave.window)[1]
-            self.training.add(pack.spec.tenant, self.cost.backward_s(own, 1 / len(members)))
+        if len(members) == 1:
+            self.training.add(members[0].spec.tenant, self.cost.backward_s(tokens, 1.0))
+        else:
+            for pack in members:
+                own = training.window_range(pack, wave.window)[1]
+                self.training.add(pack.spec.tenant, self.cost.backward_s(own, 1 / len(members)))
         self.training_tally.backward_token_layers += tokens
         self.training_tally.num_backward_slices += 1
         part, done = training.sliced(wave, self.iteration)

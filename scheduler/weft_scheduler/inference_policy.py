@@ -246,6 +246,8 @@ def _make_room_for_decodes(state: SchedulerState, draft: PlanDraft, running: lis
         MemoryError: a sequence holds every block and wants more, which `add_request` rules out.
     """
     blocks = state.blocks
+    if blocks.num_free >= len(running):
+        return
     while (missing := sum(_needs_block(state, seq) for seq in running) - blocks.num_free) > 0:
         draft.is_short_of_blocks = True
         if blocks.num_pending >= missing:

@@ -316,11 +316,14 @@ class Simulation:
 
     def _count_backward(self, plan: StepPlan) -> None:
         window, num_layers = self._scheduler.limits.window_tokens, self._scheduler.limits.num_layers
+        token_layers: dict[str, int] = {}
         for part in plan.backward:
             for pack_id in part.pack_ids:
                 tenant, num_tokens = self._pack_tokens[pack_id]
                 tokens = min(window, num_tokens - part.window * window)
-                self._recorder.trained(tenant, tokens / num_layers)
+                token_layers[tenant] = token_layers.get(tenant, 0) + tokens
+        for tenant, total in token_layers.items():
+            self._recorder.trained(tenant, total / num_layers)
 
     # ------------------------------------------------------------ jobs
 
