@@ -77,8 +77,8 @@ class BudgetController:
 
     `tpot_s` is the per-token target now: fixed, or following `LatencyTargets.unloaded_factor`.
 
-    Finetuning is blamed for its own lateness only: where iterations without it miss the target too (a busy
-    machine, a target below what decoding alone takes), what these take stands in for the target.
+    Finetuning and prompts are blamed for their own lateness only: where iterations of decodes alone miss the
+    target too (a busy machine, a target below what decoding takes), what these take stands in for the target.
     """
 
     def __init__(self, targets: LatencyTargets, max_inflight: int = 1) -> None:
@@ -110,11 +110,10 @@ class BudgetController:
             return
         self._times.append(elapsed_s)
         self._num_since_probe += 1
-        if not has_training:
+        if not (has_training or has_prefill):
             self._times_alone.append(elapsed_s)
-            if not has_prefill:
-                self._decodes_alone.append(elapsed_s)
-                self._num_since_probe = 0
+            self._decodes_alone.append(elapsed_s)
+            self._num_since_probe = 0
         if len(self._times) < _WINDOW:
             return
         self.measured_s = self._percentile(self._times)

@@ -47,6 +47,14 @@ def test_lateness_without_finetuning_does_not_cut_finetuning() -> None:
     assert budget.decode_budget_s == pytest.approx(0.045 * 0.7)
 
 
+def test_prompts_that_fill_the_budget_do_not_excuse_its_lateness() -> None:
+    budget = BudgetController(LatencyTargets(0.05, 2.0))
+    for _ in range(3):
+        for idx in range(64):
+            budget.observe(0.06, num_decodes=1, has_prefill=idx % 2 == 0, has_training=idx % 2 == 1)
+    assert budget.decode_budget_s < 0.045
+
+
 def feed_alone_and_trained(budget: BudgetController, alone_s: float, trained_s: float) -> None:
     for idx in range(64):
         is_alone = idx % 4 == 0
