@@ -208,7 +208,7 @@ def draw(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
                 style = "-" if policy == "Weft" else "--"
                 panel.plot(x, y, style, color=color, marker="o", markersize=4, linewidth=1.6, label=policy)
             panel.set_ylabel(name, fontsize=9)
-            target = {"gap": SLO.tpot_s, "ttft": SLO.ttft_s, "attained": SLO.percentile / 100_000}.get(what)
+            target = {"gap": SLO.tpot_s, "ttft": SLO.ttft_s, "attained": SLO.percentile / 1000}.get(what)
             if target is not None:
                 panel.axhline(1000 * target, color="#333333", linewidth=0.9, linestyle=":")
             panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
@@ -224,11 +224,15 @@ def draw(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         save(figure, folder / file)
 
 
-def document(rows: Sequence[Mapping[str, Any]], seconds: float, dedicated: float) -> str:
+def commit_now() -> str:
+    """The commit that is measured."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def document(rows: Sequence[Mapping[str, Any]], seconds: float, dedicated: float, commit: str) -> str:
     """The report in Markdown."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
     head = f"""# Policies compared
 
 Simulated: {MODEL} in {QUANTIZATION} on {GPU} (roofline), {seconds:g} s of arrivals, two endless
@@ -273,6 +277,7 @@ def main() -> int:
         if arguments.group in (None, scenario.group)
         for policy in POLICIES
     ]
+    commit = commit_now()
     dedicated = dedicated_rate(setup_for(()))
     with ProcessPoolExecutor(arguments.processes) as pool:
         tasks = [pool.submit(run, *cell, data, arguments.seconds) for cell in cells]
@@ -280,10 +285,11 @@ def main() -> int:
     for row in rows:
         row["dedicated_per_s"] = dedicated
         row["kept"] = row["trained_per_s"] / (dedicated or 1.0)
+        del row["ttft_p95_by_tenant"]
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = {"command": sys.argv, "model": MODEL, "gpu": GPU, "seconds": arguments.seconds, "rows": rows}
     (arguments.out / "policies.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.out / "policies.md").write_text(document(rows, arguments.seconds, dedicated or 0.0))
+    (arguments.out / "policies.md").write_text(document(rows, arguments.seconds, dedicated or 0.0, commit))
     if arguments.group is None:
         draw(rows, arguments.out)
     print(table(rows))
