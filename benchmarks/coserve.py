@@ -3,8 +3,9 @@
     python benchmarks/coserve.py [--model demo] [--streams 2] [--jobs 2] [--json FILE] [-- --tpot-slo-ms 40 …]
 
 Starts its own server, so nothing else should run on the machine. Per-token latencies are gaps between the
-pieces of streamed answers as a client sees them; token counts are the server's own (`/metrics`). Finetuning
-runs on the bundled ticket-routing examples and is cancelled at the end of each window.
+pieces of streamed answers as a client sees them, over the tokens of a piece (a token that shows no text comes
+with the next); token counts are the server's own (`/metrics`). Finetuning runs on the bundled ticket-routing
+examples and is cancelled at the end of each window.
 """
 
 from __future__ import annotations
@@ -66,21 +67,26 @@ class Load:
         for turn in itertools.count(idx):
             body = {
                 "model": self._model,
-                "messages": [{"role": "user", "content": PROMPTS[turn % len(PROMPTS)]}],
+                "prompt": PROMPTS[turn % len(PROMPTS)],
                 "max_tokens": 128,
                 "ignore_eos": True,
+                "logprobs": 0,
                 "stream": True,
             }
             last: float | None = None
-            async with self._client.stream("POST", "/v1/chat/completions", json=body) as response:
+            async with self._client.stream("POST", "/v1/completions", json=body) as response:
                 if response.is_error:
                     raise RuntimeError((await response.aread()).decode())
                 async for line in response.aiter_lines():
                     if not line.startswith("data: {"):
                         continue
                     now = time.perf_counter()
+                    choices = json.loads(line.removeprefix("data: "))["choices"]
+                    num_tokens = len((choices[0].get("logprobs") or {}).get("tokens", ())) if choices else 0
+                    if not num_tokens:
+                        continue
                     if last is not None and self.gaps_s is not None:
-                        self.gaps_s.append(now - last)
+                        self.gaps_s += [(now - last) / num_tokens] * num_tokens
                     last = now
 
     async def submit(self, num_jobs: int, file_id: str) -> list[str]:

@@ -14,6 +14,9 @@ from statistics import median
 SAFETY = 0.9
 """The first budget, as a part of the per-token target."""
 
+FILLED = 0.8
+"""The part of the budget from which on an iteration counts as filled."""
+
 FLEX_FACTOR = 4.0
 """How much longer the flex class may wait, unless it has targets of its own."""
 
@@ -68,12 +71,15 @@ class LatencyTargets:
 class BudgetController:
     """Closed loop over the iterations that carry decodes, and over the first tokens of requests.
 
-    `decode_budget_s` starts at 0.9 of the target. After every 64 iterations with decodes their percentile is
-    compared with the target: above it the budget is cut in proportion (by 0.3 at most), below it the budget
-    grows in proportion (by 5 % at most), within 0.1 and 1.5 of the target. A fresh window each time, so that
-    old iterations are not punished twice. `open_budget_s`, which holds while nothing decodes, is how long an
-    arrival may have to wait for the iterations under way; it follows the times to the first token in the same
-    manner, every 32 of them, between the decode budget and where it started.
+    `decode_budget_s` starts at 0.9 of the target. After every 64 iterations with decodes that were filled up
+    to it, or late, their percentile is compared with the target: above it the budget is cut in proportion (by
+    0.3 at most), below it the budget grows in proportion (by 5 % at most), within 0.1 and 1.5 of the target.
+    Iterations that did not need the budget do not count, or it would grow while nothing is there to fill it.
+    A fresh window each time, so that old iterations are not punished twice.
+
+    `open_budget_s`, which holds while nothing decodes, is how long an arrival may have to wait for the
+    iterations under way; it follows the times to the first token in the same manner, every 32 of them,
+    between the decode budget and where it started.
 
     `tpot_s` is the per-token target now: fixed, or following `LatencyTargets.unloaded_factor`.
 
@@ -91,7 +97,7 @@ class BudgetController:
         self.measured_s: float | None = None
         self.measured_ttft_s: float | None = None
         self._times: list[float] = []
-        self._times_alone: list[float] = []
+        self._times_alone: deque[float] = deque(maxlen=_WINDOW)
         self._first_tokens: list[float] = []
         self._decodes_alone: deque[float] = deque(maxlen=_RECENT_ALONE)
         self._num_since_probe = 0
@@ -103,17 +109,27 @@ class BudgetController:
         return self._num_since_probe >= PROBE_INTERVAL
 
     def observe(
-        self, elapsed_s: float, num_decodes: int, *, has_prefill: bool = False, has_training: bool = True
+        self,
+        elapsed_s: float,
+        num_decodes: int,
+        *,
+        has_prefill: bool = False,
+        has_training: bool = True,
+        is_filled: bool = True,
     ) -> None:
-        """Learn the time of a committed iteration; those without decodes delay nobody's next token."""
+        """Learn the time of a committed iteration; those without decodes delay nobody's next token.
+
+        One that was not filled up to the budget (`is_filled`) and was punctual says nothing of the budget.
+        """
         if not num_decodes:
             return
-        self._times.append(elapsed_s)
         self._num_since_probe += 1
         if not (has_training or has_prefill):
             self._times_alone.append(elapsed_s)
             self._decodes_alone.append(elapsed_s)
             self._num_since_probe = 0
+        if is_filled or elapsed_s > self.tpot_s:
+            self._times.append(elapsed_s)
         if len(self._times) < _WINDOW:
             return
         self.measured_s = self._percentile(self._times)

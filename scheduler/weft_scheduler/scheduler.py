@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from weft_scheduler.adapter_policy import bring_adapters_nearer
-from weft_scheduler.budget import BudgetController, LatencyTargets
+from weft_scheduler.budget import FILLED, BudgetController, LatencyTargets
 from weft_scheduler.cost import CostModel
 from weft_scheduler.draft import InFlight, PlanDraft
 from weft_scheduler.drain import TenantQueue
@@ -79,6 +79,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_packs_dropped = 0
         self._unreported = MemoryPlan()
+        self._decodes_committed_s: float | None = None
         self.service_s: defaultdict[str, float] = defaultdict(float)
         """Seconds of iterations charged to each tenant so far, inference and finetuning together."""
         for tenant, weight in (tenant_weights or {}).items():
@@ -337,10 +338,11 @@ class Scheduler:
         self._state.advance(self._committed_before(self._iteration + 1))
         self.cost.observe(made.features, result.elapsed_s)
         self._budget_of(is_flex=made.is_flex).observe(
-            result.elapsed_s,
+            self._interval_s(made, result.elapsed_s, now),
             made.num_decodes,
             has_prefill=made.has_prefill,
             has_training=made.has_training,
+            is_filled=made.plan.predicted_s >= FILLED * made.plan.budget_s,
         )
         self._correct_charges(made, result.elapsed_s)
         self._state.meter_tokens(made.sampled, now)
@@ -349,6 +351,16 @@ class Scheduler:
                 self._state.written(sequence, num_tokens)
         outcomes: list[Outcome] = [*self._commit_tokens(made, result, now), *self._commit_training(made)]
         return outcomes
+
+    def _interval_s(self, made: InFlight, elapsed_s: float, now: float) -> float:
+        """How long those who decode have waited: from commit to commit, what the engine does between
+        iterations included.
+        """
+        interval_s = elapsed_s
+        if made.num_decodes and self._decodes_committed_s is not None:
+            interval_s = max(interval_s, now - self._decodes_committed_s)
+        self._decodes_committed_s = now if made.num_decodes else None
+        return interval_s
 
     def _correct_charges(self, made: InFlight, elapsed_s: float) -> None:
         """Tenants were charged for the predicted time; from now on, for the time that it took."""

@@ -47,6 +47,16 @@ def test_lateness_without_finetuning_does_not_cut_finetuning() -> None:
     assert budget.decode_budget_s == pytest.approx(0.045 * 0.7)
 
 
+def test_the_budget_does_not_grow_while_nothing_fills_it() -> None:
+    budget = BudgetController(LatencyTargets(0.05, 2.0))
+    for _ in range(1000):
+        budget.observe(0.007, num_decodes=2, has_training=False, is_filled=False)
+    assert budget.decode_budget_s == pytest.approx(0.045)
+    for _ in range(64):
+        budget.observe(0.1, num_decodes=2, is_filled=False)
+    assert budget.decode_budget_s == pytest.approx(0.045 * 0.7), "lateness counts whatever was planned"
+
+
 def test_prompts_that_fill_the_budget_do_not_excuse_its_lateness() -> None:
     budget = BudgetController(LatencyTargets(0.05, 2.0))
     for _ in range(3):
