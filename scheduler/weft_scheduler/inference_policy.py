@@ -34,7 +34,8 @@ def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
     """Preempt one sequence if all places are taken and somebody has waited too long for a fair part of them.
 
     The tenant whose first request waits longest gets a place of the tenant that has most places for its
-    weight, provided that it still has fewer for its own weight once the place has changed hands.
+    weight, provided that it has no more for its own weight once the place has changed hands, and that it is
+    next in turn: a place that its former owner or nobody would get is not worth a preemption.
     """
     if len(state.running) < state.limits.max_num_seqs:
         return
@@ -45,9 +46,13 @@ def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
         if (head := _head(state, tenant)) is not None
         and draft.now_s - head.waiting_since_s >= state.limits.max_wait_s
     ]
+    if not overdue:
+        return
+    tag, weight, limit = state.shares.tag, state.shares.weight, _lead_limit(state, draft.iteration)
+    donor = max(places, key=lambda t: places[t] / weight(t))
     for _, tenant in sorted(overdue):
-        weight = state.shares.weight
-        donor = max(places, key=lambda t: places[t] / weight(t))
+        if tag(tenant) > min(tag(donor), limit(tenant)):
+            continue
         if (places[tenant] + 1) / weight(tenant) <= (places[donor] - 1) / weight(donor):
             own = [seq for seq in state.by_precedence()[1:] if seq.spec.tenant == donor]
             state.preempt(own[-1], draft)

@@ -185,6 +185,19 @@ def test_a_tenant_with_its_part_of_the_places_takes_no_more(
     engine.check_finished()
 
 
+def test_no_place_is_taken_for_a_tenant_that_would_not_get_it(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    engine = make_engine(max_num_seqs=4, num_blocks=1000, max_model_len=1000)
+    for idx in range(6):
+        engine.request(request_spec(f"long{idx}", tenant="a", num_prompt_tokens=4, max_new_tokens=900))
+    engine.request(request_spec("far-ahead", tenant="b", num_prompt_tokens=4, max_new_tokens=3))
+    engine.scheduler._state.shares.charge("b", 100.0)
+    while engine.now < 4 * engine.limits.max_wait_s:
+        engine.step()
+    assert engine.scheduler.num_preemptions == 0
+
+
 def test_blocks_are_taken_from_the_tenant_that_holds_most_of_them(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any]
 ) -> None:
