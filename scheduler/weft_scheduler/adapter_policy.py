@@ -159,9 +159,24 @@ def _request_demand(state: SchedulerState, wanted: Iterable[Entry]) -> list[tupl
             by_tenant[head.spec.tenant].append((num_waiting, head, entry))
     turns = []
     for tenant in sorted(by_tenant, key=state.shares.tag):
-        heads = sorted(by_tenant[tenant], key=_turn)
+        heads = sorted((item for item in by_tenant[tenant] if _may_start_soon(state, item[1])), key=_turn)
         turns.append([(entry, head.waiting_since_s) for _, head, entry in heads])
     return [item for turn in zip_longest(*turns) for item in turn if item is not None] + pinned
+
+
+def _may_start_soon(state: SchedulerState, head: Sequence) -> bool:
+    """Whether a waiter would find a place under its tenant's concurrency once its adapter is there.
+
+    Only as many of the tenant's older requests may be ahead of it as could start now; of a tenant that runs
+    all it may, one request gets its adapter in advance.
+    """
+    tenant = head.spec.tenant
+    most = state.max_concurrency.get(tenant)
+    if most is None:
+        return True
+    ready = state.waiting.heads_among(tenant, state.residency.extents)
+    num_ahead = sum(other.key < head.key for other in ready)
+    return num_ahead < max(1, most - state.num_running[tenant])
 
 
 def _turn(item: tuple[int, Sequence, Entry]) -> tuple[bool, int, int, int]:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from math import isfinite
 from statistics import median
 from typing import Any, Protocol
 
@@ -121,6 +122,7 @@ _ERROR_WINDOW = 256
 _RATIO_WINDOW = 32
 _LEAST_REACH = 1.5
 _LEAST_WEIGHT = 1e-15
+_LEAST_S, _MOST_S = 1e-6, 1e4
 
 
 class CostModel:
@@ -182,6 +184,14 @@ class CostModel:
         """Seconds of backward slices over so many tokens times layers."""
         return self._weights[4] * token_layers + self._weights[5] * num_slices
 
+    def adapter_s(self, num_elements: int) -> float:
+        """Seconds of one adapter in a batch, whatever number of tokens uses it."""
+        return self._weights[6] + self._weights[8] * num_elements
+
+    def adapters_s(self, features: Features) -> float:
+        """Seconds of all adapters of a batch, part of `predict`."""
+        return self._weights[6] * features.num_adapters + self._weights[8] * features.adapter_elements
+
     @property
     def optimizer_step_s(self) -> float:
         """Seconds of one optimizer step."""
@@ -194,7 +204,7 @@ class CostModel:
         Raises:
             ValueError: there are no samples, or a time is not positive.
         """
-        if not samples or any(seconds <= 0.0 or not _phi(features) for features, seconds in samples):
+        if not samples or any(not (isfinite(s) and s > 0.0 and _phi(features)) for features, s in samples):
             raise ValueError("calibration needs samples with work and positive times")
         nominal = [*_NOMINAL_CURVE, *_NOMINAL_WEIGHTS]
         speed = median(seconds / _dot(nominal, _phi(features)) for features, seconds in samples)
@@ -250,10 +260,12 @@ class CostModel:
         """Learn from an iteration that took `elapsed_s`.
 
         A time further off than is usual is clipped, and weighs no more than its relative error allows: an
-        outlier moves the fit little, while a machine that has really changed is followed.
+        outlier moves the fit little, while a machine that has really changed is followed. A time that is not
+        positive and finite is not one.
         """
-        if elapsed_s <= 0.0:
+        if not (isfinite(elapsed_s) and elapsed_s > 0.0):
             return
+        elapsed_s = min(max(elapsed_s, _LEAST_S), _MOST_S)
         predicted_s = self.predict(features)
         phi = _phi(features)
         if not phi or predicted_s <= 0.0:

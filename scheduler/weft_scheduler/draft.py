@@ -76,6 +76,7 @@ class PlanDraft:
     training_tally: FeatureTally = field(default_factory=FeatureTally)
     inference: Pieces = field(default_factory=Pieces)
     training: Pieces = field(default_factory=Pieces)
+    adapters: Pieces = field(default_factory=Pieces)
     num_decodes: int = 0
     num_prefill_tokens: int = 0
     num_training_units: int = 0
@@ -84,6 +85,7 @@ class PlanDraft:
     must_finish_layer: bool = False
     stops_between_layers: bool = False
     _adapter_slots: set[int] = field(default_factory=set)
+    _charged: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def tokens_left(self) -> int:
@@ -117,6 +119,8 @@ class PlanDraft:
         tally.forward_tokens += 1
         tally.kv_tokens_read += start + 1
         self.inference.by_tenant[sequence.spec.tenant] += self.cost.decode_s(start + 1)
+        if slot is not None:
+            self._charge_adapter(sequence.spec.tenant, slot)
         self.num_decodes += 1
 
     def add_prefill(self, sequence: Sequence, num_tokens: int) -> None:
@@ -126,6 +130,8 @@ class PlanDraft:
         self._count_chunk(start, num_tokens)
         self._add_segment(sequence, SegmentKind.PREFILL, start, num_tokens, samples=samples)
         self.inference.add(sequence.spec.tenant, self.cost.chunk_s(num_tokens, start + num_tokens))
+        if sequence.adapter_slot is not None:
+            self._charge_adapter(sequence.spec.tenant, sequence.adapter_slot)
         self.num_prefill_tokens += num_tokens
 
     def prefill_tokens_within(self, sequence: Sequence, most: int, budget_s: float) -> int:
@@ -156,6 +162,7 @@ class PlanDraft:
         self.stepped.append(job)
         self.training_tally.optimizer_steps += 1
         self.training.add(job.tenant or "", self.cost.optimizer_step_s)
+        self._charge_adapter(job.tenant or "", adapter_slot)
         self.num_training_units += 1
         return True
 
@@ -196,6 +203,7 @@ class PlanDraft:
         alone.attention_products += num_tokens * end
         alone.loss_tokens += loss_tokens
         self.training.add(pack.spec.tenant, self.cost.chunk_s(num_tokens, end, loss_tokens))
+        self._charge_adapter(pack.spec.tenant, adapter_slot)
         return True
 
     def try_add_slice(
@@ -219,6 +227,8 @@ class PlanDraft:
             for pack in members:
                 own = training.window_range(pack, wave.window)[1]
                 self.training.add(pack.spec.tenant, self.cost.backward_s(own, 1 / len(members)))
+        for pack, slot in zip(members, adapter_slots, strict=True):
+            self._charge_adapter(pack.spec.tenant, slot)
         self.training_tally.backward_token_layers += tokens
         self.training_tally.num_backward_slices += 1
         part, done = training.sliced(wave, self.iteration)
@@ -264,9 +274,15 @@ class PlanDraft:
     # ------------------------------------------------------------ inside
 
     def _charges(self, predicted_s: float) -> dict[str, float]:
+        adapters_s = self.cost.adapters_s(self.tally)
         training_s = self.cost.predict(self.training_tally) if self.num_training_units else 0.0
-        inference_s = self.cost.predict(self.tally.without(self.training_tally))
-        return split_time(predicted_s, self.inference, inference_s, self.training, training_s)
+        inference_s = self.cost.predict(self.tally.without(self.training_tally)) - adapters_s
+        return split_time(
+            predicted_s,
+            (self.inference, inference_s),
+            (self.training, training_s),
+            (self.adapters, adapters_s),
+        )
 
     def _add_segment(
         self, sequence: Sequence, kind: SegmentKind, start: int, num_tokens: int, *, samples: bool
@@ -326,6 +342,12 @@ class PlanDraft:
         self.tally.num_adapters += len(new)
         self.tally.adapter_elements += self._elements_of(new)
         return new
+
+    def _charge_adapter(self, tenant: str, slot: int) -> None:
+        """A tenant pays for an adapter once a plan, also for one that others use as well."""
+        if (tenant, slot) not in self._charged:
+            self._charged.add((tenant, slot))
+            self.adapters.add(tenant, self.cost.adapter_s(self._elements_of([slot])))
 
     def _elements_of(self, slots: list[int]) -> int:
         sizes = self.slot_elements

@@ -3,7 +3,8 @@
 Every flow has a tag, the virtual time at which its next piece of work starts; a charge of `price` moves it on
 by `price / weight`. The flow with the smallest tag is served. Virtual time follows the smallest tag of the
 backlogged flows, and a flow that returns is lifted to it: idleness is not banked. A backlogged flow that
-cannot be served (its adapter is on its way, nothing has room) banks at most `MAX_CREDIT` behind the others.
+cannot be served (its adapter is on its way, nothing has room) banks no more than what another one is served
+while it gets `MAX_CREDIT`.
 It does not know what a price stands for.
 
 Source: Goyal, Vin, Cheng: Start-time Fair Queuing (SIGCOMM 1996); Sheng et al.: Fairness in Serving LLMs
@@ -13,9 +14,10 @@ Source: Goyal, Vin, Cheng: Start-time Fair Queuing (SIGCOMM 1996); Sheng et al.:
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import isfinite
 
 MAX_CREDIT = 30.0
-"""How far the tag of a backlogged flow may lag behind the largest, in units of price."""
+"""What a backlogged flow may be ahead of another one, in units of price: beyond it the other banks no more."""
 
 _MAX_REMEMBERED = 4096
 
@@ -28,15 +30,16 @@ class FairQueue:
         self.virtual_time = 0.0
         self._tags: dict[str, float] = {}
         self._weights: dict[str, float] = {}
+        self._most_tags = _MAX_REMEMBERED
 
     def set_weight(self, flow: str, weight: float) -> None:
         """Give a flow `weight` times the share of a flow of weight 1.
 
         Raises:
-            ValueError: the weight is not positive.
+            ValueError: the weight is not positive and finite.
         """
-        if weight <= 0.0:
-            raise ValueError(f"weight of {flow} is {weight}; it must be positive")
+        if not (isfinite(weight) and weight > 0.0):
+            raise ValueError(f"weight of {flow} is {weight}; it must be a positive, finite number")
         self._weights[flow] = weight
 
     def activate(self, flow: str) -> None:
@@ -65,10 +68,12 @@ class FairQueue:
         """
         if backlogged:
             tags = {flow: self.tag(flow) for flow in backlogged}
-            lowest = max(tags.values()) - MAX_CREDIT
+            # In prices, not in tags: one charge moves the tag of a small weight far.
+            lowest = max(tag - MAX_CREDIT / self.weight(flow) for flow, tag in tags.items())
             self._tags.update((flow, lowest) for flow, tag in tags.items() if tag < lowest)
             self.virtual_time = max(self.virtual_time, lowest, min(tags.values()))
         elif self._tags:
             self.virtual_time = max(self.virtual_time, max(self._tags.values()))
-        if len(self._tags) > _MAX_REMEMBERED:
+        if len(self._tags) > self._most_tags:
             self._tags = {flow: tag for flow, tag in self._tags.items() if tag > self.virtual_time}
+            self._most_tags = max(_MAX_REMEMBERED, 2 * len(self._tags))

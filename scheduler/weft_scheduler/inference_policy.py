@@ -21,13 +21,16 @@ from math import inf
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.requests import Sequence
 from weft_scheduler.state import SchedulerState
-from weft_scheduler.training_policy import runnable_tenants
+from weft_scheduler.training_policy import lead_limit, runnable_tenants
 
 MIN_PREFILL_TOKENS = 64
 """Prompt tokens that every plan takes, whatever the budget."""
 
-MAX_LEAD_S = 0.5
-"""How far a tenant may be ahead of another tenant's runnable finetuning before its requests must wait."""
+_LEAST_LEAD_S = 0.05
+"""How far a tenant whose prompt is being computed must be ahead for another one's to begin before it."""
+
+LAYER_PATIENCE_S = 0.5
+"""How long a request waits for a wave to come to the end of its layer within the budgets, to take its blocks."""
 
 
 def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
@@ -38,6 +41,8 @@ def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
     next in turn: a place that its former owner or nobody would get is not worth a preemption.
     """
     if len(state.running) < state.limits.max_num_seqs:
+        return
+    if _take_place_of_own_flex(state, draft):
         return
     places = state.num_running
     overdue = [
@@ -57,6 +62,20 @@ def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
             own = [seq for seq in state.by_precedence()[1:] if seq.spec.tenant == donor]
             state.preempt(own[-1], draft)
             return
+
+
+def _take_place_of_own_flex(state: SchedulerState, draft: PlanDraft) -> bool:
+    """Preempt the last flex sequence of a tenant whose default request has waited too long for a place."""
+    running = state.by_precedence()[1:]
+    flex = {seq.spec.tenant: seq for seq in running if seq.is_flex and not seq.has_aged}
+    for tenant, last in flex.items():
+        head = _head(state, tenant) if tenant in state.waiting.tenants else None
+        if head is None or head.is_flex:
+            continue
+        if draft.now_s - head.waiting_since_s >= state.limits.max_wait_s:
+            state.preempt(last, draft)
+            return True
+    return False
 
 
 def _head(state: SchedulerState, tenant: str) -> Sequence | None:
@@ -92,15 +111,33 @@ def plan_prefills(
     *,
     yields: bool = True,
 ) -> None:
-    """Chunks of running prompts, then of newly admitted ones, within the budget.
+    """Chunks of running prompts, those of the least served tenants first, then of newly admitted ones, within
+    the budget. A tenant that is behind all whose prompts are being computed is admitted before them: a long
+    prompt does not keep the others out.
 
     `num_kept_tokens` rows of the batch and, for new admissions, `num_kept_blocks` free blocks are left alone.
     With `yields`, tenants that are ahead of the finetuning of others admit nothing.
     """
-    for sequence in state.by_precedence():
-        if sequence.is_prefilling and not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
-            return
     limit = _lead_limit(state, draft.iteration) if yields else lambda _tenant: inf
+    tag = state.shares.tag
+    running = [seq for seq in state.by_precedence() if seq.is_prefilling]
+    running.sort(key=lambda seq: tag(seq.spec.tenant))
+    if running:
+        first = tag(running[0].spec.tenant)
+        before = _admissions(
+            state,
+            draft,
+            budget_s,
+            lambda t: min(limit(t), first - _LEAST_LEAD_S),
+            num_kept_tokens,
+            num_kept_blocks,
+        )
+        for sequence in before:
+            if not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
+                return
+    for sequence in running:
+        if not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
+            return
     for sequence in _admissions(state, draft, budget_s, limit, num_kept_tokens, num_kept_blocks):
         if not _add_chunk(draft, sequence, budget_s, num_kept_tokens):
             return
@@ -167,17 +204,8 @@ def _admitted_price_s(state: SchedulerState) -> defaultdict[str, float]:
 
 
 def _lead_limit(state: SchedulerState, iteration: int) -> Callable[[str], float]:
-    """By tenant, the tag beyond which its requests must wait for the finetuning of others.
-
-    Only finetuning that could run now holds anybody back.
-    """
-    trained = sorted((state.shares.tag(tenant), tenant) for tenant in runnable_tenants(state, iteration))[:2]
-
-    def limit(tenant: str) -> float:
-        others = (tag for tag, other in trained if other != tenant)
-        return next(others, inf) + MAX_LEAD_S
-
-    return limit
+    """By tenant, the tag beyond which its requests must wait for the finetuning of others that could run."""
+    return lead_limit(state, runnable_tenants(state, iteration))
 
 
 def _next_of(state: SchedulerState, tenant: str, now_s: float) -> Sequence | None:
@@ -236,6 +264,8 @@ def _find_prompt_blocks(
             break
         if not state.training.can_drop(pack):
             draft.stops_between_layers = True
+            if draft.now_s - sequence.waiting_since_s >= LAYER_PATIENCE_S:
+                draft.must_finish_layer = True
             return False
         soon += len(pack.block_ids)
         state.drop_pack(pack, draft)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 
 from weft_scheduler.adapter_policy import bring_adapters_nearer
 from weft_scheduler.budget import FILLED, BudgetController, LatencyTargets
@@ -65,7 +66,7 @@ class Scheduler:
         requests alone; by default they are `FLEX_FACTOR` times as long.
 
         Raises:
-            ValueError: a weight is not positive.
+            ValueError: a weight is not positive and finite.
         """
         self.limits = limits
         self.cost = cost
@@ -364,7 +365,7 @@ class Scheduler:
 
     def _correct_charges(self, made: InFlight, elapsed_s: float) -> None:
         """Tenants were charged for the predicted time; from now on, for the time that it took."""
-        if made.plan.predicted_s <= 0.0 or elapsed_s <= 0.0:
+        if made.plan.predicted_s <= 0.0 or not (isfinite(elapsed_s) and elapsed_s > 0.0):
             return
         self._charge(made.charges, elapsed_s / made.plan.predicted_s - 1.0)
 

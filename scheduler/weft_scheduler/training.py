@@ -12,7 +12,7 @@ that starts there, so that every (layer, window) of a pack runs exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -263,10 +263,14 @@ class TrainingQueue:
         pack.has_loss = True
         return is_first
 
-    def next_wave(self) -> Wave | None:
-        """The active wave; if there is none, one of all ready packs that begin at the layer of the oldest."""
+    def next_wave(self, may_join: Callable[[Pack], bool] | None = None) -> Wave | None:
+        """The active wave; if there is none, one of all ready packs (that `may_join`) which begin at the layer
+        of the oldest of them.
+        """
         if self.wave is None:
             ready = [pack for pack in self.alive if pack.status is PackStatus.READY]
+            if may_join is not None:
+                ready = list(filter(may_join, ready))
             if ready:
                 layer = ready[0].cursor_layer
                 packs = [pack for pack in ready if pack.cursor_layer == layer]

@@ -1,13 +1,14 @@
 """Finetuning: which packs get blocks, and how many windows, slices and optimizer steps a plan takes.
 
 Optimizer steps go first (their jobs stand still), then forward windows (they make waves wide), then the
-slices of the wave. Tenants take turns by their shares when packs are admitted.
+slices of the wave. Tenants take turns by their shares when packs are admitted; those that are ahead of others
+whose finetuning could run sit out, with their windows and from the next wave on.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import inf
 
 from weft_scheduler.draft import PlanDraft
@@ -16,6 +17,9 @@ from weft_scheduler.training import Job, Pack, PackStatus, Wave
 
 TRICKLE_INTERVAL = 8
 """Plans after which finetuning gets one unit, whatever the budget."""
+
+MAX_LEAD_S = 0.5
+"""How far a tenant may be ahead of another tenant's runnable finetuning before its work must wait."""
 
 
 def trickle_is_due(state: SchedulerState) -> bool:
@@ -33,15 +37,39 @@ def runnable_tenants(state: SchedulerState, iteration: int) -> set[str]:
 
     A job whose optimizer step is under way or has just been counts: its next packs are about to come.
     """
+    return _training_tenants(state, iteration, counts_queued=True)
+
+
+def lead_limit(state: SchedulerState, tenants: Collection[str]) -> Callable[[str], float]:
+    """By tenant, the tag beyond which its work must wait for the finetuning of the others among `tenants`."""
+    tags = sorted((state.shares.tag(tenant), tenant) for tenant in tenants)[:2]
+
+    def limit(tenant: str) -> float:
+        others = (tag for tag, other in tags if other != tenant)
+        return next(others, inf) + MAX_LEAD_S
+
+    return limit
+
+
+def _training_tenants(state: SchedulerState, iteration: int, *, counts_queued: bool) -> set[str]:
+    """Tenants with packs alive, or a job at its optimizer step; with `counts_queued`, or packs in a queue."""
     tenants = {pack.spec.tenant for pack in state.training.alive}
     for job in state.training.jobs.values():
         if job.tenant is None or job.tenant in tenants:
             continue
-        has_work = job.head() is not None or job.step_is_due or job.step_is_planned
+        has_work = job.step_is_due or job.step_is_planned or (counts_queued and job.head() is not None)
         is_between_steps = 0 < iteration - job.last_planned <= state.limits.max_inflight
         if (has_work or is_between_steps) and state.residency.slot(job.adapter) is not None:
             tenants.add(job.tenant)
     return tenants
+
+
+def _turns(state: SchedulerState, draft: PlanDraft) -> Callable[[Pack], bool]:
+    """Whether a pack's tenant is not too far ahead of the others whose finetuning could run."""
+    tenants = _training_tenants(state, draft.iteration, counts_queued=False)
+    limit, tag = lead_limit(state, tenants), state.shares.tag
+    in_turn = {tenant for tenant in tenants if tag(tenant) <= limit(tenant)}
+    return lambda pack: pack.spec.tenant in in_turn
 
 
 def num_kept_blocks(state: SchedulerState, now_s: float) -> int:
@@ -60,8 +88,9 @@ def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, i
         finish_layer(state, draft)
     _admit_packs(state, draft)
     _add_steps(state, draft, budget_s)
-    _add_windows(state, draft, budget_s)
-    _add_slices(state, draft, budget_s)
+    is_in_turn = _turns(state, draft)
+    _add_windows(state, draft, budget_s, is_in_turn)
+    _add_slices(state, draft, budget_s, is_in_turn)
     is_empty = not draft.forward and not _step_is_in_flight(state)
     if not draft.num_training_units and (is_due or is_empty):
         _force_one(state, draft)
@@ -153,30 +182,35 @@ def _add_steps(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None
             return
 
 
-def _add_windows(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:
+def _add_windows(
+    state: SchedulerState, draft: PlanDraft, budget_s: float, is_in_turn: Callable[[Pack], bool]
+) -> None:
     """As many windows as fit, the oldest pack first; those of one pack are computed together."""
-    for pack in state.training.alive:
+    for pack in filter(is_in_turn, state.training.alive):
         while pack.status is PackStatus.FORWARDING:
             if not _add_window(state, draft, pack, budget_s):
                 return
 
 
-def _add_slices(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None:
+def _add_slices(
+    state: SchedulerState, draft: PlanDraft, budget_s: float, is_in_turn: Callable[[Pack], bool]
+) -> None:
     stops = draft.stops_between_layers or draft.must_finish_layer
-    while state.training.wave is not None or not _wave_should_wait(state, draft):
-        wave = state.training.next_wave()
+    while state.training.wave is not None or not _wave_should_wait(state, draft, is_in_turn):
+        wave = state.training.next_wave(is_in_turn)
         if wave is None or (stops and wave.is_between_layers) or not _add_slice(state, draft, wave, budget_s):
             return
 
 
-def _wave_should_wait(state: SchedulerState, draft: PlanDraft) -> bool:
+def _wave_should_wait(state: SchedulerState, draft: PlanDraft, is_in_turn: Callable[[Pack], bool]) -> bool:
     """Whether the next wave would soon be wider, so that jobs which are out of phase fall into step.
 
     It would if packs are being forwarded in this plan, or a job is at its optimizer step: more packs come.
     """
     if _step_is_in_flight(state):
         return True
-    is_forwarding = any(pack.status is PackStatus.FORWARDING for pack in state.training.alive)
+    packs = filter(is_in_turn, state.training.alive)
+    is_forwarding = any(pack.status is PackStatus.FORWARDING for pack in packs)
     return is_forwarding and draft.num_training_units > 0
 
 

@@ -64,5 +64,5 @@ def test_flows_that_left_are_forgotten() -> None:
 
 
 def test_a_weight_that_is_not_positive_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"weight of t is 0.0; it must be positive"):
+    with pytest.raises(ValueError, match=r"weight of t is 0.0; it must be a positive, finite number"):
         FairQueue().set_weight("t", 0.0)

@@ -39,12 +39,12 @@ def test_charges_add_up_to_the_iteration_and_do_not_depend_on_the_order_of_the_p
     seed: int,
 ) -> None:
     training_s = alone[1] if training else 0.0
-    charges = split_time(elapsed_s, pieces(inference), alone[0], pieces(training), training_s)
+    charges = split_time(elapsed_s, (pieces(inference), alone[0]), (pieces(training), training_s))
     assert sum(charges.values()) == pytest.approx(elapsed_s)
     rng = random.Random(seed)
     rng.shuffle(inference)
     rng.shuffle(training)
-    again = split_time(elapsed_s, pieces(inference), alone[0], pieces(training), training_s)
+    again = split_time(elapsed_s, (pieces(inference), alone[0]), (pieces(training), training_s))
     assert again == pytest.approx(charges)
 
 

@@ -11,7 +11,9 @@ import csv
 import gzip
 import io
 import json
+import tarfile
 from datetime import datetime
+from math import isfinite
 from pathlib import Path
 
 from weft_scheduler.simulator.servegen import read_servegen
@@ -109,13 +111,14 @@ def read_azure(path: Path) -> Trace:
             try:
                 # Seven digits of a second: one more than `fromisoformat` reads in every version.
                 when = datetime.fromisoformat(row["TIMESTAMP"][:26])
+                first = first or when
+                arrival_s = (when - first).total_seconds()
                 prompt, output = int(row["ContextTokens"]), int(row["GeneratedTokens"])
             except (KeyError, TypeError, ValueError) as error:
                 raise TraceError(
                     f"trace {path}, line {number}: {row} is not an Azure row ({error})"
                 ) from error
-            first = first or when
-            requests.append(TraceRequest((when - first).total_seconds(), max(1, prompt), max(1, output)))
+            requests.append(TraceRequest(arrival_s, max(1, prompt), max(1, output)))
     return _in_order(requests, path)
 
 
@@ -132,15 +135,19 @@ def read_mooncake(path: Path) -> Trace:
                 continue
             try:
                 row = json.loads(line)
+                arrival_s = float(row["timestamp"]) / 1000.0
+                hashes = tuple(row.get("hash_ids", ()))
+                if not isfinite(arrival_s) or any(type(block) is not int for block in hashes):
+                    raise ValueError("`timestamp` must be finite, and `hash_ids` integers")
                 requests.append(
                     TraceRequest(
-                        row["timestamp"] / 1000.0,
+                        arrival_s,
                         max(1, int(row["input_length"])),
                         max(1, int(row["output_length"])),
-                        prefix_hashes=tuple(row.get("hash_ids", ())),
+                        prefix_hashes=hashes,
                     )
                 )
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 raise TraceError(f"trace {path}, line {number}: not a Mooncake record ({error!r})") from error
     return _in_order(requests, path)
 
@@ -168,7 +175,7 @@ def read_servegen_trace(
             requests_per_s=requests_per_s,
             num_clients=num_clients,
         )
-    except (OSError, ValueError, KeyError, SyntaxError) as error:
+    except (OSError, ValueError, KeyError, SyntaxError, tarfile.TarError, EOFError) as error:
         raise TraceError(f"trace {path}, read as ServeGen's clients: {error}") from error
     return _in_order(requests, path)
 
