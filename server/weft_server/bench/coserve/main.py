@@ -1,0 +1,322 @@
+"""`weft bench coserve`, top to bottom: check, tune, measure every window, report.
+
+Contenders run one after the other; the two that are one engine under two policies take turns in every load
+and objective. Everything else on the machine should be quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import mean, median
+
+from weft_server.bench.coserve.checks import (
+    LOGPROB_TOLERANCE,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    logprob_error,
+    step_errors,
+)
+from weft_server.bench.coserve.measures import ATTAINMENT, Point, Slo
+from weft_server.bench.coserve.options import Options, read_options
+from weft_server.bench.coserve.process import ContenderError, ContenderProcess, Tuning, peer_pair
+from weft_server.bench.coserve.report import make_report
+from weft_server.bench.coserve.results import Results
+from weft_server.bench.coserve.tuning import pair_candidates, single_candidates, sweep, turn_candidates
+from weft_server.bench.coserve.window import Outcome, Policy, Window
+from weft_server.bench.coserve.workload import WorkloadSpec
+from weft_server.bench.peers import why_absent
+from weft_server.bench.report import BenchError, Report
+from weft_server.bench.surroundings import num_cores
+
+_PROBE_REQUESTS = 5
+_PROBE_S = 3.0
+_BURST = 24
+_LEAST_TURN_S = 0.005
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command; returns the exit code.
+
+    Raises:
+        ConfigError: a flag's value.
+        BenchError: a contender computes something else than the others, or cannot run.
+    """
+    options = read_options(arguments)
+    results = Results(options.setup.shape_name)
+    report = Report(
+        f"coserve-{options.setup.shape_name}-{'gpu' if options.is_gpu else 'cpu'}",
+        f"Co-serving: {options.setup.shape_name}",
+    )
+    try:
+        Bench(options, results, report).run()
+    except ContenderError as error:
+        raise BenchError(str(error)) from error
+    make_report(report, options, results)
+    report.finish(options.out)
+    return 0
+
+
+@dataclass(slots=True)
+class Bench:
+    """One run of the benchmark: fills `results` and the report's checks."""
+
+    options: Options
+    results: Results
+    report: Report
+    _started_s: float = field(default_factory=time.monotonic)
+
+    def run(self) -> None:
+        """All phases, in order."""
+        peers_absent = why_absent(self.options.setup.quantization) if self.options.with_peers else "left out"
+        self.results.peers_absent = peers_absent
+        cores = num_cores()
+        everything = Tuning(cores)
+        if peers_absent is None:
+            self._check(everything)
+        self._tune_weft(cores)
+        with ContenderProcess("weft", self.options.setup, self.results.weft_tuning.best) as weft:
+            self._measure_machine(weft)
+            self._measure_weft(weft)
+        if peers_absent is None:
+            self._measure_peers_alone(cores)
+            self._measure_two_processes(cores)
+            self._measure_turns(cores)
+
+    # ------------------------------------------------------------ phases
+
+    def _check(self, tuning: Tuning) -> None:
+        self._say("checking that all compute the same")
+        workload = replace(self._workload(1.0, 3.0), max_model_len=128)
+        with ContenderProcess("weft", self.options.setup, tuning) as weft:
+            own = weft.check(workload)
+        with peer_pair(self.options.setup, (tuning, tuning)) as (generator, trainer):
+            peers, wrong = generator.check(workload), generator.check(workload, adapter_shift=1)
+            trained = trainer.check(workload)
+        self.report.check(
+            "log-probabilities of prompts beside transformers + PEFT (rms, of their spread)",
+            logprob_error(own, peers),
+            LOGPROB_TOLERANCE,
+            logprob_error(own, wrong),
+        )
+        loss, norm = step_errors(own, trained)
+        self.report.check("loss of the first step beside PEFT (relative)", loss, LOSS_TOLERANCE)
+        self.report.check("gradient norm of the first step beside PEFT (relative)", norm, NORM_TOLERANCE)
+
+    def _tune_weft(self, cores: int) -> None:
+        def measure(tuning: Tuning) -> tuple[float, str]:
+            with ContenderProcess("weft", self.options.setup, tuning) as weft:
+                times = weft.answer_alone(self._probe())
+                trained = self._run(weft, None, trains=True, policy="dedicated", seconds=_PROBE_S)
+            tpot_s, trained_per_s = _unloaded_tpot_s(times), trained.trained_tokens / _PROBE_S
+            note = f"{1000 * tpot_s:.1f} ms per token, {trained_per_s:.0f} tokens/s finetuned"
+            return math.sqrt(trained_per_s / tpot_s), note
+
+        self._say("tuning Weft")
+        candidates = (
+            [Tuning(cores)]
+            if self.options.is_gpu
+            else single_candidates(cores, is_quick=self.options.is_quick)
+        )
+        self.results.weft_tuning = sweep("Weft", candidates, measure)
+
+    def _measure_machine(self, weft: ContenderProcess) -> None:
+        """What a token takes unloaded, what saturates inference, and the loads and objectives that follow."""
+        options, results = self.options, self.results
+        times = weft.answer_alone(self._probe())
+        results.unloaded_tpot_s = _unloaded_tpot_s(times)
+        results.slos = tuple(slo.resolve(results.unloaded_tpot_s, options.ttft_s) for slo in options.slos)
+        burst = replace(self._workload(_BURST * 100.0, 0.01), seed=options.setup.seed + 1)
+        window = Window(time.monotonic() + 0.2, 0.01, 60.0, burst)
+        answers = weft.run(window).answers
+        last_s = max((answer.token_s[-1] for answer in answers if answer.token_s), default=1.0)
+        results.saturation_per_s = len(answers) / last_s
+        if options.loads is not None:
+            results.loads = options.loads
+            return
+        service_s = mean(own[-1] for own in times)
+        # Alone, requests that take `service_s` each keep the machine busy for a part 1 - exp(-rate · service_s).
+        results.loads = tuple(
+            min(-math.log(1.0 - share) / service_s, 0.95 * results.saturation_per_s)
+            for share in options.load_shares
+        )
+
+    def _measure_weft(self, weft: ContenderProcess) -> None:
+        results, options = self.results, self.options
+        for load in results.loads:
+            self._say(f"Weft, inference alone, {load:.2f} requests/s")
+            outcome = self._run(weft, load)
+            results.add(Point("inference alone", load, None, options.seconds, outcome))
+        self._say("Weft, finetuning alone")
+        outcome = self._run(weft, None, trains=True, policy="dedicated")
+        results.add(Point("finetuning alone", 0.0, None, options.seconds, outcome))
+        policies: Sequence[tuple[str, Policy]] = (("Weft", "weft"), ("alternating", "alternating"))
+        for slo in results.slos:
+            for idx, load in enumerate(results.loads):
+                for name, policy in policies if idx % 2 == 0 else policies[::-1]:
+                    self._say(f"{name}, {slo.name}, {load:.2f} requests/s")
+                    outcome = self._run(weft, load, trains=True, policy=policy, slo=slo)
+                    results.add(Point(name, load, slo, options.seconds, outcome))
+
+    def _measure_peers_alone(self, cores: int) -> None:
+        setup, results = self.options.setup, self.results
+        candidates = (
+            [Tuning(cores)]
+            if self.options.is_gpu
+            else single_candidates(cores, is_quick=self.options.is_quick)
+        )
+        times: dict[Tuning, float] = {}
+        trained: dict[Tuning, Outcome] = {}
+
+        def generate(tuning: Tuning) -> tuple[float, str]:
+            with ContenderProcess("generator", setup, tuning) as generator:
+                times[tuning] = _unloaded_tpot_s(generator.answer_alone(self._probe()))
+            return 1.0 / times[tuning], f"{1000 * times[tuning]:.1f} ms per token"
+
+        def train(tuning: Tuning) -> tuple[float, str]:
+            with ContenderProcess("trainer", setup, tuning) as trainer:
+                trained[tuning] = self._run(trainer, None, trains=True)
+            per_s = trained[tuning].trained_tokens / self.options.seconds
+            return per_s, f"{per_s:.0f} tokens/s finetuned"
+
+        self._say("transformers + PEFT, each alone")
+        results.peer_tunings.append(sweep("PEFT generating alone", candidates, generate))
+        results.peer_unloaded_tpot_s = times[results.peer_tunings[-1].best]
+        results.peer_tunings.append(sweep("PEFT training alone", candidates, train))
+        best = trained[results.peer_tunings[-1].best]
+        results.add(Point("PEFT training alone", 0.0, None, self.options.seconds, best))
+
+    def _measure_two_processes(self, cores: int) -> None:
+        """Both at once. Nothing tells them of an objective, so a window counts for all of them."""
+        results = self.results
+        found = self._tune_pair("two processes", pair_candidates(cores, is_quick=self.options.is_quick), None)
+        with peer_pair(self.options.setup, found) as pair:
+            for load in self._peer_loads():
+                self._say(f"two processes, {load:.2f} requests/s")
+                results.add(self._run_pair("two processes", pair, load, None, None))
+
+    def _measure_turns(self, cores: int) -> None:
+        """The trainer's turn is what the objective leaves of a token's time, if anything."""
+        results = self.results
+        candidates = turn_candidates(cores, is_quick=self.options.is_quick)
+        turn_s = self._turn_s(results.slos[-1])
+        found = self._tune_pair("taking turns", candidates, turn_s) if len(candidates) > 1 else candidates[0]
+        with peer_pair(self.options.setup, found) as pair:
+            for slo in results.slos:
+                for load in self._peer_loads():
+                    self._say(f"taking turns, {slo.name}, {load:.2f} requests/s")
+                    results.add(self._run_pair("taking turns", pair, load, slo, self._turn_s(slo)))
+
+    # ------------------------------------------------------------ windows
+
+    def _run(
+        self,
+        contender: ContenderProcess,
+        load: float | None,
+        *,
+        trains: bool = False,
+        policy: Policy = "weft",
+        slo: Slo | None = None,
+        seconds: float | None = None,
+    ) -> Outcome:
+        return contender.run(self._window(load, trains=trains, policy=policy, slo=slo, seconds=seconds))
+
+    def _run_pair(
+        self,
+        name: str,
+        pair: tuple[ContenderProcess, ContenderProcess],
+        load: float,
+        slo: Slo | None,
+        turn_s: float | None,
+        seconds: float | None = None,
+    ) -> Point:
+        generator, trainer = pair
+        window = self._window(load, trains=True, slo=slo, seconds=seconds, turn_s=turn_s)
+        trainer.begin(window)
+        generator.begin(window)
+        generated, trained = generator.outcome(), trainer.outcome()
+        outcome = replace(generated, trained_tokens=trained.trained_tokens)
+        return Point(name, load, slo, window.seconds, outcome)
+
+    def _tune_pair(
+        self, name: str, candidates: Sequence[tuple[Tuning, Tuning]], turn_s: float | None
+    ) -> tuple[Tuning, Tuning]:
+        """The candidate that trains most among those that attain the loosest objective, or attains most."""
+        slo, load = self.results.slos[-1], self._half_busy()
+
+        def measure(tunings: tuple[Tuning, Tuning]) -> tuple[float, str]:
+            with peer_pair(self.options.setup, tunings) as pair:
+                seconds = min(self.options.seconds, 8.0)
+                point = self._run_pair(name, pair, load, slo, turn_s, seconds)
+            attained = point.attained(slo) or 0.0
+            note = f"{attained:.0%} attained, {point.trained_per_s:.0f} tokens/s finetuned"
+            score = point.trained_per_s if attained >= ATTAINMENT else (attained - 1.0) * 1e6
+            return score, note
+
+        self._say(f"tuning {name}")
+        found = sweep(name, candidates, measure)
+        self.results.pair_tunings.append(found)
+        return found.best
+
+    def _window(
+        self,
+        load: float | None,
+        *,
+        trains: bool = False,
+        policy: Policy = "weft",
+        slo: Slo | None = None,
+        seconds: float | None = None,
+        turn_s: float | None = None,
+    ) -> Window:
+        options = self.options
+        seconds = seconds or options.seconds
+        return Window(
+            start_s=time.monotonic() + (options.settle_s if trains else 0.2),
+            seconds=seconds,
+            drain_s=options.drain_s if load is not None else 0.0,
+            workload=None if load is None else self._workload(load, seconds),
+            trains=trains,
+            policy=policy,
+            tpot_s=slo.tpot_s if slo is not None else 1.0,
+            ttft_s=options.ttft_s,
+            turn_s=turn_s,
+        )
+
+    def _workload(self, load: float, seconds: float) -> WorkloadSpec:
+        options, setup = self.options, self.options.setup
+        return WorkloadSpec(
+            requests_per_s=load,
+            seconds=seconds,
+            vocab_size=int(setup.hf_config["vocab_size"]),
+            max_model_len=setup.max_model_len,
+            num_adapters=setup.num_adapters,
+            length_scale=options.length_scale,
+            trace=options.trace,
+            seed=setup.seed,
+        )
+
+    def _probe(self) -> WorkloadSpec:
+        """A few requests to be answered one after the other."""
+        return self._workload(1.0, float(_PROBE_REQUESTS))
+
+    def _half_busy(self) -> float:
+        return self.results.half_busy_load
+
+    def _peer_loads(self) -> Sequence[float]:
+        return (self._half_busy(),) if self.options.is_gpu else self.results.loads
+
+    def _turn_s(self, slo: Slo) -> float:
+        return max(_LEAST_TURN_S, slo.tpot_s - self.results.peer_unloaded_tpot_s)
+
+    def _say(self, what: str) -> None:
+        """Progress, on standard error."""
+        print(f"[{time.monotonic() - self._started_s:5.0f} s] {what}", file=sys.stderr, flush=True)
+
+
+def _unloaded_tpot_s(times: list[list[float]]) -> float:
+    """Median gap between tokens of requests that were answered alone."""
+    return median(later - sooner for own in times for sooner, later in zip(own, own[1:], strict=False))
