@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weft_server.bench.coserve.arguments import add_coserve_arguments
 from weft_server.bench.surroundings import checkout
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -103,6 +104,11 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _coserve(parser: argparse.ArgumentParser) -> None:
+    _engine_part(parser)
+    add_coserve_arguments(parser)
+
+
 PARTS: tuple[Part, ...] = (
     Part(
         "kernels",
@@ -124,6 +130,12 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "train", "whole finetuning steps beside PEFT, bytes a token", _engine_part, "weft_server.bench.train"
+    ),
+    Part(
+        "coserve",
+        "finetuning kept beside inference, against alternating iterations and two PEFT processes",
+        _coserve,
+        "weft_server.bench.coserve.main",
     ),
     Part(
         "engine", "decode, prefill and train, one after the other", _engine_part, "weft_server.bench.engine"

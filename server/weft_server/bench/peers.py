@@ -57,7 +57,7 @@ def build_peer(model: RandomModel, quantization: PeerFormat) -> PeerModel:
         peer = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     # Its frequencies are no part of a checkpoint, so they are computed anew rather than left on `meta`.
     rotary = peer.model.rotary_emb
-    peer.model.rotary_emb = type(rotary)(config, device=model.device)
+    peer.model.rotary_emb = type(rotary)(config).to(model.device)
     for name in model.names():
         owner_name, _, kind = name.rpartition(".")
         owner = peer.get_submodule(owner_name)

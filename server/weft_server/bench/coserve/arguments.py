@@ -10,8 +10,8 @@ def add_coserve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace",
         metavar="TRACE",
-        help="arrivals and lengths from a file as `weft simulate` takes it (default: Poisson arrivals, lengths "
-        "as Azure's conversations)",
+        help="arrivals and lengths from a file as `weft simulate` takes it (default: Poisson arrivals and "
+        "lengths as Azure's conversations)",
     )
     parser.add_argument(
         "--length-scale",
@@ -28,8 +28,8 @@ def add_coserve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slo",
         metavar="T,…",
-        help="per-token targets, milliseconds or times what a token takes unloaded (default: 1.5x,4x on a CPU, "
-        "15,50 on a GPU)",
+        help="per-token targets, milliseconds or times what a token takes unloaded (default: 1.5x,4x on a "
+        "CPU, 15,50 on a GPU)",
     )
     parser.add_argument(
         "--ttft-slo-ms",

@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from statistics import mean, median
 
 from weft_server.bench.coserve.checks import (
     LOGPROB_TOLERANCE,
     LOSS_TOLERANCE,
     NORM_TOLERANCE,
+    Check,
     logprob_error,
     step_errors,
 )
@@ -35,7 +37,6 @@ from weft_server.bench.surroundings import num_cores
 
 _PROBE_REQUESTS = 5
 _PROBE_S = 3.0
-_BURST = 24
 _LEAST_TURN_S = 0.005
 
 
@@ -61,6 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What the peers compute: log-probabilities under the right adapters and wrong ones, the first step."""
+
+    logprobs: Check
+    wrong_logprobs: Check
+    first_step: Check
+
+
 @dataclass(slots=True)
 class Bench:
     """One run of the benchmark: fills `results` and the report's checks."""
@@ -69,81 +79,92 @@ class Bench:
     results: Results
     report: Report
     _started_s: float = field(default_factory=time.monotonic)
+    _expected: _Expected | None = None
 
     def run(self) -> None:
         """All phases, in order."""
         peers_absent = why_absent(self.options.setup.quantization) if self.options.with_peers else "left out"
         self.results.peers_absent = peers_absent
         cores = num_cores()
-        everything = Tuning(cores)
         if peers_absent is None:
-            self._check(everything)
+            self._measure_peers_alone(cores)
         self._tune_weft(cores)
         with ContenderProcess("weft", self.options.setup, self.results.weft_tuning.best) as weft:
             self._measure_machine(weft)
             self._measure_weft(weft)
         if peers_absent is None:
-            self._measure_peers_alone(cores)
             self._measure_two_processes(cores)
             self._measure_turns(cores)
 
     # ------------------------------------------------------------ phases
 
-    def _check(self, tuning: Tuning) -> None:
-        self._say("checking that all compute the same")
-        workload = replace(self._workload(1.0, 3.0), max_model_len=128)
-        with ContenderProcess("weft", self.options.setup, tuning) as weft:
-            own = weft.check(workload)
-        with peer_pair(self.options.setup, (tuning, tuning)) as (generator, trainer):
-            peers, wrong = generator.check(workload), generator.check(workload, adapter_shift=1)
-            trained = trainer.check(workload)
+    def _measure_peers_alone(self, cores: int) -> None:
+        """What they compute, to be compared, then how fast each is with the machine to itself."""
+        times: dict[Tuning, float] = {}
+        trained: dict[Tuning, Outcome] = {}
+        for tuning in self._single_candidates(cores):
+            self._say(f"transformers + PEFT, each alone, {tuning}")
+            with peer_pair(self.options.setup, (tuning, tuning)) as (generator, trainer):
+                if not times:
+                    self._expected = self._peers_answers(generator, trainer)
+                times[tuning] = _unloaded_tpot_s(generator.answer_alone(self._probe()))
+                trained[tuning] = self._run(trainer, None, trains=True)
+        seconds = self.options.seconds
+        generating = {t: (1.0 / tpot_s, f"{1000 * tpot_s:.1f} ms per token") for t, tpot_s in times.items()}
+        rates = {tuning: outcome.trained_tokens / seconds for tuning, outcome in trained.items()}
+        training = {tuning: (rate, f"{rate:.0f} tokens/s finetuned") for tuning, rate in rates.items()}
+        sweeps = [
+            sweep("PEFT generating alone", list(times), generating.__getitem__),
+            sweep("PEFT training alone", list(times), training.__getitem__),
+        ]
+        self.results.peer_tunings = sweeps
+        self.results.peer_unloaded_tpot_s = times[sweeps[0].best]
+        self.results.add(Point("PEFT training alone", 0.0, None, seconds, trained[sweeps[1].best]))
+
+    def _peers_answers(self, generator: ContenderProcess, trainer: ContenderProcess) -> _Expected:
+        workload = self._check_workload()
+        right, wrong = generator.check(workload), generator.check(workload, adapter_shift=1)
+        return _Expected(right, wrong, trainer.check(workload))
+
+    def _check(self, weft: ContenderProcess, expected: _Expected) -> None:
+        own = weft.check(self._check_workload())
         self.report.check(
             "log-probabilities of prompts beside transformers + PEFT (rms, of their spread)",
-            logprob_error(own, peers),
+            logprob_error(own, expected.logprobs),
             LOGPROB_TOLERANCE,
-            logprob_error(own, wrong),
+            logprob_error(own, expected.wrong_logprobs),
         )
-        loss, norm = step_errors(own, trained)
+        loss, norm = step_errors(own, expected.first_step)
         self.report.check("loss of the first step beside PEFT (relative)", loss, LOSS_TOLERANCE)
         self.report.check("gradient norm of the first step beside PEFT (relative)", norm, NORM_TOLERANCE)
 
     def _tune_weft(self, cores: int) -> None:
         def measure(tuning: Tuning) -> tuple[float, str]:
             with ContenderProcess("weft", self.options.setup, tuning) as weft:
+                if self._expected is not None:
+                    self._check(weft, self._expected)
+                    self._expected = None
                 times = weft.answer_alone(self._probe())
                 trained = self._run(weft, None, trains=True, policy="dedicated", seconds=_PROBE_S)
             tpot_s, trained_per_s = _unloaded_tpot_s(times), trained.trained_tokens / _PROBE_S
             note = f"{1000 * tpot_s:.1f} ms per token, {trained_per_s:.0f} tokens/s finetuned"
             return math.sqrt(trained_per_s / tpot_s), note
 
-        self._say("tuning Weft")
-        candidates = (
-            [Tuning(cores)]
-            if self.options.is_gpu
-            else single_candidates(cores, is_quick=self.options.is_quick)
-        )
-        self.results.weft_tuning = sweep("Weft", candidates, measure)
+        self._say("checking that Weft computes the same, and tuning it")
+        self.results.weft_tuning = sweep("Weft", self._single_candidates(cores), measure)
 
     def _measure_machine(self, weft: ContenderProcess) -> None:
-        """What a token takes unloaded, what saturates inference, and the loads and objectives that follow."""
+        """What a token and a request take unloaded, and the loads and objectives that follow."""
         options, results = self.options, self.results
         times = weft.answer_alone(self._probe())
         results.unloaded_tpot_s = _unloaded_tpot_s(times)
         results.slos = tuple(slo.resolve(results.unloaded_tpot_s, options.ttft_s) for slo in options.slos)
-        burst = replace(self._workload(_BURST * 100.0, 0.01), seed=options.setup.seed + 1)
-        window = Window(time.monotonic() + 0.2, 0.01, 60.0, burst)
-        answers = weft.run(window).answers
-        last_s = max((answer.token_s[-1] for answer in answers if answer.token_s), default=1.0)
-        results.saturation_per_s = len(answers) / last_s
         if options.loads is not None:
             results.loads = options.loads
             return
         service_s = mean(own[-1] for own in times)
-        # Alone, requests that take `service_s` each keep the machine busy for a part 1 - exp(-rate · service_s).
-        results.loads = tuple(
-            min(-math.log(1.0 - share) / service_s, 0.95 * results.saturation_per_s)
-            for share in options.load_shares
-        )
+        # Requests that take `service_s` each keep a machine busy for the part 1 - exp(-rate · service_s).
+        results.loads = tuple(-math.log(1.0 - share) / service_s for share in options.load_shares)
 
     def _measure_weft(self, weft: ContenderProcess) -> None:
         results, options = self.results, self.options
@@ -161,34 +182,6 @@ class Bench:
                     self._say(f"{name}, {slo.name}, {load:.2f} requests/s")
                     outcome = self._run(weft, load, trains=True, policy=policy, slo=slo)
                     results.add(Point(name, load, slo, options.seconds, outcome))
-
-    def _measure_peers_alone(self, cores: int) -> None:
-        setup, results = self.options.setup, self.results
-        candidates = (
-            [Tuning(cores)]
-            if self.options.is_gpu
-            else single_candidates(cores, is_quick=self.options.is_quick)
-        )
-        times: dict[Tuning, float] = {}
-        trained: dict[Tuning, Outcome] = {}
-
-        def generate(tuning: Tuning) -> tuple[float, str]:
-            with ContenderProcess("generator", setup, tuning) as generator:
-                times[tuning] = _unloaded_tpot_s(generator.answer_alone(self._probe()))
-            return 1.0 / times[tuning], f"{1000 * times[tuning]:.1f} ms per token"
-
-        def train(tuning: Tuning) -> tuple[float, str]:
-            with ContenderProcess("trainer", setup, tuning) as trainer:
-                trained[tuning] = self._run(trainer, None, trains=True)
-            per_s = trained[tuning].trained_tokens / self.options.seconds
-            return per_s, f"{per_s:.0f} tokens/s finetuned"
-
-        self._say("transformers + PEFT, each alone")
-        results.peer_tunings.append(sweep("PEFT generating alone", candidates, generate))
-        results.peer_unloaded_tpot_s = times[results.peer_tunings[-1].best]
-        results.peer_tunings.append(sweep("PEFT training alone", candidates, train))
-        best = trained[results.peer_tunings[-1].best]
-        results.add(Point("PEFT training alone", 0.0, None, self.options.seconds, best))
 
     def _measure_two_processes(self, cores: int) -> None:
         """Both at once. Nothing tells them of an objective, so a window counts for all of them."""
@@ -232,10 +225,9 @@ class Bench:
         load: float,
         slo: Slo | None,
         turn_s: float | None,
-        seconds: float | None = None,
     ) -> Point:
         generator, trainer = pair
-        window = self._window(load, trains=True, slo=slo, seconds=seconds, turn_s=turn_s)
+        window = self._window(load, trains=True, slo=slo, turn_s=turn_s)
         trainer.begin(window)
         generator.begin(window)
         generated, trained = generator.outcome(), trainer.outcome()
@@ -246,12 +238,11 @@ class Bench:
         self, name: str, candidates: Sequence[tuple[Tuning, Tuning]], turn_s: float | None
     ) -> tuple[Tuning, Tuning]:
         """The candidate that trains most among those that attain the loosest objective, or attains most."""
-        slo, load = self.results.slos[-1], self._half_busy()
+        slo = self.results.slos[-1]
 
         def measure(tunings: tuple[Tuning, Tuning]) -> tuple[float, str]:
             with peer_pair(self.options.setup, tunings) as pair:
-                seconds = min(self.options.seconds, 8.0)
-                point = self._run_pair(name, pair, load, slo, turn_s, seconds)
+                point = self._run_pair(name, pair, self._half_busy(), slo, turn_s)
             attained = point.attained(slo) or 0.0
             note = f"{attained:.0%} attained, {point.trained_per_s:.0f} tokens/s finetuned"
             score = point.trained_per_s if attained >= ATTAINMENT else (attained - 1.0) * 1e6
@@ -299,9 +290,17 @@ class Bench:
             seed=setup.seed,
         )
 
+    def _check_workload(self) -> WorkloadSpec:
+        return replace(self._workload(1.0, 3.0), max_model_len=128)
+
     def _probe(self) -> WorkloadSpec:
         """A few requests to be answered one after the other."""
         return self._workload(1.0, float(_PROBE_REQUESTS))
+
+    def _single_candidates(self, cores: int) -> list[Tuning]:
+        if self.options.is_gpu:
+            return [Tuning(cores)]
+        return single_candidates(cores, is_quick=self.options.is_quick)
 
     def _half_busy(self) -> float:
         return self.results.half_busy_load
@@ -319,4 +318,4 @@ class Bench:
 
 def _unloaded_tpot_s(times: list[list[float]]) -> float:
     """Median gap between tokens of requests that were answered alone."""
-    return median(later - sooner for own in times for sooner, later in zip(own, own[1:], strict=False))
+    return median(later - sooner for own in times for sooner, later in pairwise(own))

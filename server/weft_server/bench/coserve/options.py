@@ -47,7 +47,7 @@ class SloSpec:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Everything that a run is told. `loads` are requests a second; None: found from what the machine does."""
+    """Everything that a run is told. `loads` are requests a second; None: found from the machine."""
 
     setup: Setup
     trace: str | None
@@ -93,19 +93,19 @@ def read_options(arguments: argparse.Namespace) -> Options:
         max_batch=256 if is_gpu else 32,
         seed=arguments.seed,
     )
-    seconds = arguments.seconds or (12.0 if is_gpu else 8.0 if is_quick else 18.0)
+    seconds = arguments.seconds or (12.0 if is_gpu else 6.0 if is_quick else 18.0)
     slos = arguments.slo or ("15,50" if is_gpu else "1.5x,4x")
     return Options(
         setup=setup,
         trace=arguments.trace,
         length_scale=arguments.length_scale or (1.0 if is_gpu else 0.125),
         loads=_loads(arguments.loads) or ((1.0, 5.0, 15.0) if is_gpu else None),
-        load_shares=(0.5,) if is_quick else (0.15, 0.5, 0.75),
+        load_shares=(0.5,) if is_quick else (0.1, 0.3, 0.5, 0.75),
         slos=tuple(SloSpec.parse(part) for part in slos.split(",")),
         ttft_s=arguments.ttft_slo_ms / 1000,
         seconds=seconds,
         settle_s=2.0,
-        drain_s=min(seconds, 8.0),
+        drain_s=min(seconds, 4.0 if is_quick else 8.0),
         is_quick=is_quick,
         with_peers=not arguments.no_peers,
         out=arguments.out,

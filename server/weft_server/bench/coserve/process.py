@@ -51,10 +51,10 @@ class ContenderProcess:
             **os.environ,
             "OMP_NUM_THREADS": str(tuning.threads),
             "OMP_WAIT_POLICY": tuning.wait_policy,
-            "TOKENIZERS_PARALLELISM": "false",
+            "TRANSFORMERS_VERBOSITY": "error",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "weft_server.bench.coserve.child"],
+            [sys.executable, "-W", "ignore::FutureWarning", "-m", "weft_server.bench.coserve.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

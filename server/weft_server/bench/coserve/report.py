@@ -13,16 +13,17 @@ from weft_server.bench.report import Report
 CONTENDERS = ("Weft", "alternating", "two processes", "taking turns")
 
 _NOTES = (
-    "Finetuned tokens: a third when a token has gone forward through all layers, the rest when it has come back.",
+    "Finetuned tokens: a third when a token has gone forward through all layers, the rest when it has come "
+    "back.",
     "Attained: requests whose mean time per token and time to the first token kept the objective; those "
     "unanswered at the end of a window's drain did not. An objective's time per token is relative to Weft's "
     "unloaded one, for every contender.",
-    "Alternating: Weft's engine and kernels, iterations of inference and of finetuning in turn, the latter as "
-    "long as the objective leaves.",
+    "Alternating: Weft's engine and kernels, iterations of inference and of finetuning in turn, the latter "
+    "as long as the objective leaves.",
     "Two processes: a transformers + PEFT loop that generates (continuous batching, adapters mixed by "
-    "`adapter_names`, whole prompts at a time) beside a transformers + PEFT training loop. Taking turns: the "
-    "same two, the trainer running between two tokens for what the objective leaves (5 ms at least), and while "
-    "nothing is to be generated.",
+    "`adapter_names`, whole prompts at a time) beside a transformers + PEFT training loop. Taking turns: "
+    "the same two, the trainer running between two tokens for what the objective leaves (5 ms at least), and "
+    "while nothing is to be generated.",
 )
 
 
@@ -38,7 +39,6 @@ def make_report(report: Report, options: Options, results: Results) -> None:
     report.data = {
         "unloaded_tpot_ms": 1000 * results.unloaded_tpot_s,
         "peer_unloaded_tpot_ms": 1000 * results.peer_unloaded_tpot_s,
-        "saturation_per_s": results.saturation_per_s,
         "half_busy_load": results.half_busy_load,
         "trace": options.trace or "drawn",
         "length_scale": options.length_scale,
@@ -167,8 +167,8 @@ def _add_tuning(report: Report, results: Results) -> None:
 def _add_curves(report: Report, results: Results) -> None:
     busy = ", ".join(f"{results.busy_share(load):.0%} at {load:.2f}/s" for load in results.loads)
     note = (
-        f"A token takes {1000 * results.unloaded_tpot_s:.1f} ms unloaded; a burst is answered at "
-        f"{results.saturation_per_s:.2f} requests/s; inference alone is busy {busy}. Milliseconds are p50 / p95 / p99."
+        f"A token takes {1000 * results.unloaded_tpot_s:.1f} ms unloaded; inference alone is busy {busy}. "
+        "Milliseconds are p50 / p95 / p99."
     )
     columns = (
         "requests/s",

@@ -22,7 +22,6 @@ class Results:
     pair_tunings: list[Sweep[tuple[Tuning, Tuning]]] = field(default_factory=list)
     unloaded_tpot_s: float = 0.0
     peer_unloaded_tpot_s: float = 0.0
-    saturation_per_s: float = 0.0
     loads: tuple[float, ...] = ()
     slos: tuple[Slo, ...] = ()
     points: list[Point] = field(default_factory=list)
@@ -34,9 +33,9 @@ class Results:
     def find(self, contender: str, load: float | None = None, slo: Slo | None = None) -> Point | None:
         """The window of a contender at a load; one that knows no objectives has a window for all of them."""
         for point in self.points:
-            if point.contender == contender and (load is None or point.requests_per_s == load):
-                if point.slo is None or slo is None or point.slo == slo:
-                    return point
+            is_of_slo = point.slo is None or slo is None or point.slo == slo
+            if point.contender == contender and is_of_slo and load in (None, point.requests_per_s):
+                return point
         return None
 
     @property

@@ -1,7 +1,7 @@
 """Threads, wait policy and priority: a brief sweep for every contender, so that each runs at its best.
 
-OpenMP threads that spin beside a busy neighbour can cost it, and themselves, ten times their speed; threads that
-sleep wake up late. Which is better depends on who else runs, so it is measured.
+OpenMP threads that spin beside a busy neighbour can cost it, and themselves, ten times their speed; threads
+that sleep wake up late. Which is better depends on who else runs, so it is measured.
 """
 
 from __future__ import annotations
@@ -53,12 +53,9 @@ def single_candidates(num_cores: int, *, is_quick: bool) -> list[Tuning]:
 def pair_candidates(num_cores: int, *, is_quick: bool) -> list[tuple[Tuning, Tuning]]:
     """For a generator and a trainer that run at the same time."""
     half = max(1, num_cores // 2)
-    found = [
-        (Tuning(half), Tuning(half)),
-        (Tuning(num_cores), Tuning(num_cores, nice=19)),
-        (Tuning(num_cores), Tuning(num_cores)),
-    ]
+    found = [(Tuning(half), Tuning(half)), (Tuning(num_cores), Tuning(num_cores, nice=19))]
     if not is_quick:
+        found.append((Tuning(num_cores), Tuning(num_cores)))
         found.append((Tuning(num_cores, "ACTIVE"), Tuning(num_cores, "ACTIVE")))
         found.append((Tuning(half), Tuning(half, nice=19)))
     return found
