@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weft_server.bench.coserve.arguments import add_coserve_arguments
+from weft_server.bench.serve.arguments import add_serve_arguments
 from weft_server.bench.surroundings import checkout
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -104,6 +105,11 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _serve(parser: argparse.ArgumentParser) -> None:
+    add_serve_arguments(parser)
+    add_output_arguments(parser)
+
+
 def _coserve(parser: argparse.ArgumentParser) -> None:
     _engine_part(parser)
     add_coserve_arguments(parser)
@@ -130,6 +136,12 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "train", "whole finetuning steps beside PEFT, bytes a token", _engine_part, "weft_server.bench.train"
+    ),
+    Part(
+        "serve",
+        "open-loop load over HTTP: latencies, goodput, errors, with finetune jobs or without",
+        _serve,
+        "weft_server.bench.serve.main",
     ),
     Part(
         "coserve",

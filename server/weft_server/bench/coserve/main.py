@@ -291,7 +291,7 @@ class Bench:
         )
 
     def _check_workload(self) -> WorkloadSpec:
-        return replace(self._workload(1.0, 3.0), max_model_len=128)
+        return replace(self._workload(1.0, 4.0), max_model_len=128)
 
     def _probe(self) -> WorkloadSpec:
         """A few requests to be answered one after the other."""

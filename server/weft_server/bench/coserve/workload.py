@@ -1,6 +1,7 @@
 """The requests of a window: arrival times and lengths from a trace, tokens and adapters from a seed.
 
-A pure function of its description, so that every contender, in whatever process, gets the same requests.
+A pure function of its description, so that every contender, in whatever process, gets the same requests. A
+trace's bursts stay, its rate becomes the wanted one: so many consecutive requests are stretched over the window.
 Without a trace, arrivals are Poisson and lengths log-normal with the published median and 99th percentile of
 Azure's conversations of 2023.
 """
@@ -8,10 +9,10 @@ Azure's conversations of 2023.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
-from weft_scheduler.simulator.readers import read_trace
+from weft_scheduler.simulator.readers import TraceError, read_trace
 from weft_scheduler.simulator.trace import (
     Trace,
     TraceRequest,
@@ -83,13 +84,25 @@ def make_requests(spec: WorkloadSpec) -> tuple[BenchRequest, ...]:
 def _arrivals(spec: WorkloadSpec) -> Trace:
     if spec.trace is None:
         return _drawn(spec)
-    return read_trace(
-        spec.trace,
-        seed=spec.seed,
-        start_s=_WARM_REQUESTS / spec.requests_per_s,
-        duration_s=spec.seconds,
-        requests_per_s=spec.requests_per_s,
-    )
+    return _stretch(read_trace(spec.trace, seed=spec.seed), spec)
+
+
+def _stretch(trace: Trace, spec: WorkloadSpec) -> Trace:
+    """As many requests of the trace, one after the other, as the rate asks for, stretched over the window.
+
+    Raises:
+        TraceError: the trace has fewer.
+    """
+    count = max(1, round(spec.requests_per_s * spec.seconds))
+    part = trace[_WARM_REQUESTS : _WARM_REQUESTS + count + 1]
+    if len(part) <= count:
+        raise TraceError(
+            f"trace {spec.trace}: {_WARM_REQUESTS + count + 1} requests are needed for "
+            f"{spec.requests_per_s:g}/s in {spec.seconds:g} s; it has {len(trace)}"
+        )
+    first_s = part[0].arrival_s
+    factor = spec.seconds / max(part[-1].arrival_s - first_s, 1e-9)
+    return tuple(replace(request, arrival_s=(request.arrival_s - first_s) * factor) for request in part[:-1])
 
 
 def _drawn(spec: WorkloadSpec) -> Trace:
