@@ -23,7 +23,7 @@ from weft_server.bench.coserve.checks import (
     logprob_error,
     step_errors,
 )
-from weft_server.bench.coserve.measures import ATTAINMENT, Point, Slo
+from weft_server.bench.coserve.measures import ATTAINMENT, PERCENTS, Point, Slo
 from weft_server.bench.coserve.options import Options, read_options
 from weft_server.bench.coserve.process import ContenderError, ContenderProcess, Tuning, peer_pair
 from weft_server.bench.coserve.report import make_report
@@ -119,7 +119,7 @@ class Bench:
         ]
         self.results.peer_tunings = sweeps
         self.results.peer_unloaded_tpot_s = times[sweeps[0].best]
-        self.results.add(Point("PEFT training alone", 0.0, None, seconds, trained[sweeps[1].best]))
+        self._record(Point("PEFT training alone", 0.0, None, seconds, trained[sweeps[1].best]))
 
     def _peers_answers(self, generator: ContenderProcess, trainer: ContenderProcess) -> _Expected:
         workload = self._check_workload()
@@ -171,17 +171,17 @@ class Bench:
         for load in results.loads:
             self._say(f"Weft, inference alone, {load:.2f} requests/s")
             outcome = self._run(weft, load)
-            results.add(Point("inference alone", load, None, options.seconds, outcome))
+            self._record(Point("inference alone", load, None, options.seconds, outcome))
         self._say("Weft, finetuning alone")
         outcome = self._run(weft, None, trains=True, policy="dedicated")
-        results.add(Point("finetuning alone", 0.0, None, options.seconds, outcome))
+        self._record(Point("finetuning alone", 0.0, None, options.seconds, outcome))
         policies: Sequence[tuple[str, Policy]] = (("Weft", "weft"), ("alternating", "alternating"))
         for slo in results.slos:
             for idx, load in enumerate(results.loads):
                 for name, policy in policies if idx % 2 == 0 else policies[::-1]:
                     self._say(f"{name}, {slo.name}, {load:.2f} requests/s")
                     outcome = self._run(weft, load, trains=True, policy=policy, slo=slo)
-                    results.add(Point(name, load, slo, options.seconds, outcome))
+                    self._record(Point(name, load, slo, options.seconds, outcome))
 
     def _measure_two_processes(self, cores: int) -> None:
         """Both at once. Nothing tells them of an objective, so a window counts for all of them."""
@@ -190,7 +190,7 @@ class Bench:
         with peer_pair(self.options.setup, found) as pair:
             for load in self._peer_loads():
                 self._say(f"two processes, {load:.2f} requests/s")
-                results.add(self._run_pair("two processes", pair, load, None, None))
+                self._record(self._run_pair("two processes", pair, load, None, None))
 
     def _measure_turns(self, cores: int) -> None:
         """The trainer's turn is what the objective leaves of a token's time, if anything."""
@@ -202,7 +202,7 @@ class Bench:
             for slo in results.slos:
                 for load in self._peer_loads():
                     self._say(f"taking turns, {slo.name}, {load:.2f} requests/s")
-                    results.add(self._run_pair("taking turns", pair, load, slo, self._turn_s(slo)))
+                    self._record(self._run_pair("taking turns", pair, load, slo, self._turn_s(slo)))
 
     # ------------------------------------------------------------ windows
 
@@ -310,6 +310,19 @@ class Bench:
 
     def _turn_s(self, slo: Slo) -> float:
         return max(_LEAST_TURN_S, slo.tpot_s - self.results.peer_unloaded_tpot_s)
+
+    def _record(self, point: Point) -> None:
+        self.results.add(point)
+        parts = [f"{point.trained_per_s:.0f} tokens/s finetuned"] if point.outcome.trained_tokens else []
+        if point.outcome.answers:
+            shown = (point.tpot_ms(percent) for percent in PERCENTS)
+            times = " / ".join("–" if value is None else f"{value:.0f}" for value in shown)
+            parts.append(f"{times} ms per token")
+        if point.slo is not None:
+            parts.append(f"{point.attained(point.slo) or 0.0:.0%} attained")
+        if point.outcome.busy_s:
+            parts.append(f"busy {point.busy_share:.0%}")
+        self._say(f"    {', '.join(parts)}")
 
     def _say(self, what: str) -> None:
         """Progress, on standard error."""

@@ -74,6 +74,8 @@ class PeerGenerator:
                 busy_s += replay.now_s - began_s
             if turns is not None:
                 turns.give_for(window.turn_s or 0.0)
+        if turns is not None:
+            turns.end()
         self._drop_all()
         return Outcome(replay.answers(), busy_s=busy_s)
 

@@ -61,7 +61,7 @@ class PeerTrainer:
     # ------------------------------------------------------------ the contender's commands
 
     def run(self, window: Window) -> Outcome:
-        """Train until the window is over."""
+        """Train until the window is over; where turns are taken, until the generator says so."""
         turns = self._turns if window.turn_s is not None else None
         self._progress = _Progress(TrainMeter(self._num_layers), window, turns)
         num_steps = 0
@@ -138,7 +138,10 @@ class PeerTrainer:
             return
         if progress.turns is not None:
             progress.turns.pause_point()
-        if progress.now_s > progress.window.seconds + progress.window.drain_s:
+            is_over = progress.turns.is_over
+        else:
+            is_over = progress.now_s > progress.window.seconds + progress.window.drain_s
+        if is_over:
             raise _WindowOver
 
     def _count(self, *, forward: float = 0.0, backward: float = 0.0) -> None:

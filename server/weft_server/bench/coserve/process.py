@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -41,11 +41,7 @@ class ContenderProcess:
     """One running contender. A context manager: leaving it ends the process."""
 
     def __init__(self, role: str, setup: Setup, tuning: Tuning, turn_fileno: int | None = None) -> None:
-        """Start it and wait until it is ready to run.
-
-        Raises:
-            ContenderError: it cannot be built.
-        """
+        """Start it; entering the context waits until it is ready to run."""
         self._role = role
         environment = {
             **os.environ,
@@ -62,7 +58,6 @@ class ContenderProcess:
             pass_fds=() if turn_fileno is None else (turn_fileno,),
         )
         self._send({"start": role, "setup": asdict(setup), **_as_json(tuning), "turns": turn_fileno})
-        self._receive()
 
     def begin(self, window: Window) -> None:
         """Tell it to run a window; `outcome` waits for the end."""
@@ -99,7 +94,16 @@ class ContenderProcess:
         self._process.wait()
 
     def __enter__(self) -> ContenderProcess:
-        """Itself."""
+        """Itself, once it is ready.
+
+        Raises:
+            ContenderError: it cannot be built.
+        """
+        try:
+            self._receive()
+        except ContenderError:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -128,16 +132,18 @@ class ContenderProcess:
 def peer_pair(setup: Setup, tunings: Sequence[Tuning]) -> Iterator[tuple[ContenderProcess, ContenderProcess]]:
     """A generator and a trainer (with the tunings in that order) that can take turns."""
     ends = socket.socketpair()
-    try:
-        filenos = [end.fileno() for end in ends]
-        with (
-            ContenderProcess("generator", setup, tunings[0], filenos[0]) as generator,
-            ContenderProcess("trainer", setup, tunings[1], filenos[1]) as trainer,
-        ):
-            yield generator, trainer
-    finally:
+    with ExitStack() as stack:
         for end in ends:
-            end.close()
+            stack.enter_context(end)
+        # Both are started before either is waited for; whichever fails to, the other is ended.
+        pair = [
+            ContenderProcess(role, setup, tuning, end.fileno())
+            for role, tuning, end in zip(("generator", "trainer"), tunings, ends, strict=True)
+        ]
+        for process in pair:
+            stack.callback(process.close)
+        generator, trainer = (stack.enter_context(process) for process in pair)
+        yield generator, trainer
 
 
 def _as_json(tuning: Tuning) -> dict[str, int]:

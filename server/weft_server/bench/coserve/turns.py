@@ -1,8 +1,8 @@
 """Two processes that take turns on one machine: the generator leads, the trainer runs when it is let.
 
 One byte at a time over a socket pair: GO lets the trainer run, STOP asks it to end its turn, YIELDED says
-that it has. The trainer looks at every linear layer, forward and backward, the finest place that PyTorch's
-hooks offer, so that a turn ends soon after it should.
+that it has, END that there are no more turns. The trainer looks at every linear layer, forward and backward,
+the finest place that PyTorch's hooks offer, so that a turn ends soon after it should.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class GeneratorSide:
             raise ConnectionError("the trainer has gone away")
 
     def end(self) -> None:
-        """No more turns: let the trainer run freely."""
+        """No more turns in this window: the trainer ends its own."""
         self._socket.sendall(END)
 
 
@@ -44,25 +44,24 @@ class TrainerSide:
         """`synchronize` waits until the device has done what was issued."""
         self._socket = socket.socket(fileno=fileno)
         self._synchronize = synchronize
-        self._is_free = True
+        self.is_over = True
+        """Whether the generator has ended the window."""
 
     def begin(self) -> None:
-        """Wait for the first turn."""
-        self._is_free = False
+        """A window begins: wait for the first turn."""
+        self.is_over = False
         self._wait_for_turn()
 
     def pause_point(self) -> None:
-        """Give the machine back if the generator wants it."""
-        if self._is_free or not select.select([self._socket], [], [], 0.0)[0]:
+        """Give the machine back if the generator wants it, and wait for the next turn or the end."""
+        if self.is_over or not select.select([self._socket], [], [], 0.0)[0]:
             return
         self._synchronize()
-        message = self._socket.recv(1)
-        if message == STOP:
+        if self._socket.recv(1) == STOP:
             self._socket.sendall(YIELDED)
             self._wait_for_turn()
         else:
-            self._is_free = True
+            self.is_over = True
 
     def _wait_for_turn(self) -> None:
-        if self._socket.recv(1) != GO:
-            self._is_free = True
+        self.is_over = self._socket.recv(1) != GO

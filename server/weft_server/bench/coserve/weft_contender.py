@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import inf
 from typing import cast
 
 from weft_scheduler.budget import BudgetController, LatencyTargets
@@ -51,17 +50,20 @@ from weft_server.protocol import (
 
 _TENANT = "bench"
 _IDLE_S = 5e-4
+_DEDICATED_PLAN_S = 1.0
 _ENDLESS = 1_000_000_000
 
 
 class DedicatedPolicy:
-    """All of the finetuning that is ready, in every plan, and nothing else: the machine is the trainer's."""
+    """Finetuning and nothing else, in plans that are long enough not to cost it anything: the trainer's own
+    machine.
+    """
 
     def fill(self, state: SchedulerState, draft: PlanDraft, budget: BudgetController) -> float:
         """See `Policy.fill`."""
         del budget
-        plan_training(state, draft, inf, is_due=False)
-        return inf
+        plan_training(state, draft, _DEDICATED_PLAN_S, is_due=False)
+        return _DEDICATED_PLAN_S
 
 
 @dataclass(slots=True)

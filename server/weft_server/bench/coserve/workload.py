@@ -1,7 +1,8 @@
 """The requests of a window: arrival times and lengths from a trace, tokens and adapters from a seed.
 
 A pure function of its description, so that every contender, in whatever process, gets the same requests. A
-trace's bursts stay, its rate becomes the wanted one: so many consecutive requests are stretched over the window.
+trace's bursts stay, its rate becomes the wanted one: as many consecutive requests as that takes are stretched
+over the window.
 Without a trace, arrivals are Poisson and lengths log-normal with the published median and 99th percentile of
 Azure's conversations of 2023.
 """
