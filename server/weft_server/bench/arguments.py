@@ -21,7 +21,8 @@ AddArguments = Callable[[argparse.ArgumentParser], None]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One benchmark: its name, one line of help, its flags, and the module whose `run(arguments) -> int` it is."""
+    """One benchmark: its name, one line of help, its flags, and the module whose `run(arguments) -> int` it
+    is."""
 
     name: str
     help: str
@@ -66,7 +67,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="CONFIG",
-        help="tiny, bench-200m, bench-1b, llama-3.1-8b, or a config.json or its folder; its weights are random "
+        help="tiny, bench-200m, bench-1b, llama-3.1-8b, or a config.json or its folder; weights are random "
         "(default: bench-200m on a CPU, llama-3.1-8b on a GPU)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -124,7 +125,7 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "decode",
-        "generation with several adapters: tokens/s beside PEFT, cost of adapters, share of the bandwidth",
+        "generation with several adapters beside PEFT, cost of adapters, share of bandwidth",
         _engine_part,
         "weft_server.bench.decode",
     ),
@@ -153,4 +154,4 @@ PARTS: tuple[Part, ...] = (
         "engine", "decode, prefill and train, one after the other", _engine_part, "weft_server.bench.engine"
     ),
 )
-"""What there is to measure. Parts that need more than the engine's libraries import them in their own module."""
+"""What there is to measure. What a part needs beyond the engine's libraries, its own module imports."""

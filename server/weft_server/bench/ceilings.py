@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -59,7 +60,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, *, budget_s: floa
     for m, n, k in _GEMM_SIZES[device.type]:
         a = torch.randn(m, k, dtype=torch.float32, device=device).to(dtype)
         b = torch.randn(n, k, dtype=torch.float32, device=device).to(dtype)
-        rates.append(2.0 * m * n * k / best(lambda a=a, b=b: torch.nn.functional.linear(a, b)))
+        rates.append(2.0 * m * n * k / best(partial(torch.nn.functional.linear, a, b)))
     link = None
     if device.type == "cuda":
         host = torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True)

@@ -22,6 +22,8 @@ PeerFormat: TypeAlias = Literal["none", "nf4"]
 PeerModel: TypeAlias = Any
 """A transformers or PEFT model; their types are known where they are installed."""
 
+PEER = "transformers + PEFT"
+
 _LORA_PATH = re.compile(r"layers\.(\d+)\.\w+\.(\w+)$")
 _BASE_ADAPTER = "__base__"
 """PEFT's name, in a mixed batch, for rows without an adapter."""
@@ -75,17 +77,17 @@ def build_peer(model: RandomModel, quantization: PeerFormat) -> PeerModel:
 
 
 def add_adapters(
-    peer: PeerModel, adapters: Sequence[PackedAdapter], *, trained_in_fp32: bool = False
+    peer: PeerModel, adapters: Sequence[PackedAdapter], dtypes: Sequence[torch.dtype]
 ) -> PeerModel:
-    """PEFT's model with the adapters under the names of `adapter_name`; the first one is active.
+    """PEFT's model with the adapters under the names of `adapter_name`, the first active, in evaluation mode.
 
     Args:
-        trained_in_fp32: keep adapters in fp32, PEFT's default; else in the base's dtype, which is faster.
+        dtypes: of each adapter's weights. PEFT's default is fp32; the base's own dtype is faster.
     """
     import peft
 
     wrapped: PeerModel = None
-    for idx, adapter in enumerate(adapters):
+    for idx, (adapter, dtype) in enumerate(zip(adapters, dtypes, strict=True)):
         config = peft.LoraConfig(
             r=adapter.config.rank,
             lora_alpha=adapter.config.alpha,
@@ -95,10 +97,10 @@ def add_adapters(
         )
         name = adapter_name(idx)
         if wrapped is None:
-            wrapped = peft.get_peft_model(peer, config, name, autocast_adapter_dtype=trained_in_fp32)
+            wrapped = peft.get_peft_model(peer, config, name)
         else:
-            wrapped.add_adapter(name, config, autocast_adapter_dtype=trained_in_fp32)
-        _fill(wrapped, name, adapter)
+            wrapped.add_adapter(name, config)
+        _fill(wrapped, name, adapter, dtype)
     return wrapped.eval()
 
 
@@ -116,11 +118,11 @@ def peer_gradients(peer: PeerModel, adapter: PackedAdapter, name: str) -> Tensor
     return flat
 
 
-def _fill(peer: PeerModel, name: str, adapter: PackedAdapter) -> None:
+def _fill(peer: PeerModel, name: str, adapter: PackedAdapter, dtype: torch.dtype) -> None:
     with torch.no_grad():
         for layer, module, lora in _lora_layers(peer):
-            lora.lora_A[name].weight.copy_(adapter.layout.a(adapter.weights, layer, module))
-            lora.lora_B[name].weight.copy_(adapter.layout.b(adapter.weights, layer, module).t())
+            lora.lora_A[name].to(dtype).weight.copy_(adapter.layout.a(adapter.weights, layer, module))
+            lora.lora_B[name].to(dtype).weight.copy_(adapter.layout.b(adapter.weights, layer, module).t())
 
 
 def _lora_layers(peer: PeerModel) -> list[tuple[int, str, Any]]:

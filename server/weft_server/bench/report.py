@@ -32,8 +32,8 @@ class BenchError(WeftError):
 class Check:
     """A correctness check that preceded timings.
 
-    `error` is compared with `tolerance`. `error_if_wrong`, where given, is what the same measure says
-    of an answer that is wrong on purpose (another adapter's, say). It must exceed the tolerance, so that the check
+    `error` is compared with `tolerance`. `error_if_wrong`, where given, is what the same measure says of an
+    answer that is wrong on purpose (another adapter's, say); it must exceed the tolerance, so that the check
     can fail.
     """
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import TypeVar
 
 import torch
 
 _FLUSH_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 """More than the last-level caches hold."""
+
+T = TypeVar("T")
 
 Timings = dict[str, list[float]]
 """Seconds by rival, one for each round."""
@@ -57,16 +60,16 @@ class Stopwatch:
             call()
             return time.perf_counter() - started
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()  # type: ignore[no-untyped-call]
+        start.record()
         call()
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()  # type: ignore[no-untyped-call]
-        return float(start.elapsed_time(end)) / 1000.0  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000.0
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
-    measure: Callable[[Callable[[], object]], float],
+    calls: Mapping[str, Callable[[], T]],
+    measure: Callable[[Callable[[], T]], float],
     *,
     budget_s: float,
     min_rounds: int = 5,
@@ -103,19 +106,14 @@ def thread_candidates(num_cores: int) -> list[int]:
 
 
 def sweep_threads(
-    call: Callable[[], object], candidates: Sequence[int], *, repeats: int = 3
+    call: Callable[[], float], candidates: Sequence[int], *, repeats: int = 2
 ) -> dict[int, float]:
-    """Median seconds of a call at each thread count of torch, which stays at the best one."""
+    """Median of what a call returns, seconds, at each thread count of torch, which stays at the best one."""
     seconds: dict[int, float] = {}
     for num_threads in candidates:
         torch.set_num_threads(num_threads)
         call()
-        samples = []
-        for _ in range(repeats):
-            started = time.perf_counter()
-            call()
-            samples.append(time.perf_counter() - started)
-        seconds[num_threads] = median(samples)
+        seconds[num_threads] = median(call() for _ in range(repeats))
     torch.set_num_threads(best_threads(seconds))
     return seconds
 
