@@ -85,6 +85,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of weights and prompts (default: 0)"
     )
+
+
+def _engine_part(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
     parser.add_argument(
         "--budget-s",
         type=float,
@@ -92,10 +96,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds of measuring for each comparison (default: %(default)s)",
     )
-
-
-def _engine_part(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
     add_output_arguments(parser)
 
 
@@ -112,8 +112,9 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _coserve(parser: argparse.ArgumentParser) -> None:
-    _engine_part(parser)
+    add_model_arguments(parser)
     add_coserve_arguments(parser)
+    add_output_arguments(parser)
 
 
 PARTS: tuple[Part, ...] = (

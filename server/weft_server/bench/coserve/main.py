@@ -185,7 +185,6 @@ class Bench:
 
     def _measure_two_processes(self, cores: int) -> None:
         """Both at once. Nothing tells them of an objective, so a window counts for all of them."""
-        results = self.results
         found = self._tune_pair("two processes", pair_candidates(cores, is_quick=self.options.is_quick), None)
         with peer_pair(self.options.setup, found) as pair:
             for load in self._peer_loads():

@@ -47,7 +47,8 @@ class PeerGenerator:
         self._setup = setup
         model = setup.random_model()
         peer = build_peer(model, cast(PeerFormat, setup.quantization))
-        self._model = add_adapters(peer, make_adapters(setup, model))
+        adapters = make_adapters(setup, model)
+        self._model = add_adapters(peer, adapters, [model.dtype] * len(adapters))
         self._device = model.device
         self._turns = turns
         self._waiting: list[BenchRequest] = []

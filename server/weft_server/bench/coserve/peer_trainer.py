@@ -47,7 +47,7 @@ class PeerTrainer:
         self._setup = setup
         model = setup.random_model()
         peer = build_peer(model, cast(PeerFormat, setup.quantization))
-        self._model = add_adapters(peer, make_adapters(setup, model)[:1], trained_in_fp32=True).train()
+        self._model = add_adapters(peer, make_adapters(setup, model)[:1], [torch.float32]).train()
         self._device = model.device
         self._trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=setup.learning_rate, weight_decay=0.0)

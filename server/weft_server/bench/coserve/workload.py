@@ -84,7 +84,7 @@ def make_requests(spec: WorkloadSpec) -> tuple[BenchRequest, ...]:
 
 def _arrivals(spec: WorkloadSpec) -> Trace:
     if spec.trace is None:
-        return _drawn(spec)
+        return draw_trace(spec.requests_per_s, spec.seconds, spec.seed)
     return _stretch(read_trace(spec.trace, seed=spec.seed), spec)
 
 
@@ -106,14 +106,15 @@ def _stretch(trace: Trace, spec: WorkloadSpec) -> Trace:
     return tuple(replace(request, arrival_s=(request.arrival_s - first_s) * factor) for request in part[:-1])
 
 
-def _drawn(spec: WorkloadSpec) -> Trace:
-    random, now_s = Random(f"arrivals/{spec.seed}"), 0.0
+def draw_trace(requests_per_s: float, seconds: float, seed: int) -> Trace:
+    """Poisson arrivals, and lengths like those of Azure's conversations."""
+    random, now_s = Random(f"arrivals/{seed}"), 0.0
     requests: list[TraceRequest] = []
     while True:
-        now_s += random.expovariate(1.0) / spec.requests_per_s
+        now_s += random.expovariate(1.0) / requests_per_s
         prompt = _log_normal(random, _PROMPT_P50, _PROMPT_P99)
         output = _log_normal(random, _OUTPUT_P50, _OUTPUT_P99)
-        if now_s >= spec.seconds:
+        if now_s >= seconds:
             return tuple(requests)
         requests.append(TraceRequest(now_s, prompt, output))
 

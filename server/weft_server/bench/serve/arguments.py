@@ -8,9 +8,10 @@ import argparse
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags but those of the output."""
     parser.add_argument(
-        "trace",
+        "--trace",
         metavar="TRACE",
-        help="a file, or azure:FILE, mooncake:FILE, servegen:FILE; the format is told from the content",
+        help="arrivals and lengths: a file, or azure:FILE, mooncake:FILE, servegen:FILE (default: Poisson "
+        "arrivals, lengths as Azure's conversations)",
     )
     server = parser.add_argument_group("server")
     server.add_argument("--url", help="a running server (default: start one)")
@@ -31,7 +32,9 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         "server_flags", nargs="*", metavar="FLAG", help="after `--`: flags of the started `weft serve`"
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--rate", type=_positive, metavar="R", help="requests a second (default: the trace's)")
+    load.add_argument(
+        "--rate", type=_positive, metavar="R", help="requests a second (default: the trace's, else 1)"
+    )
     load.add_argument("--duration", type=_positive, default=60.0, metavar="S", help="(default: %(default)g)")
     load.add_argument(
         "--start", type=_from_zero, default=0.0, metavar="S", help="begin at this second of the trace"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from weft_scheduler.simulator.readers import TraceError, read_trace
 from weft_scheduler.simulator.trace import Trace
+from weft_server.bench.coserve.workload import draw_trace
 from weft_server.bench.report import BenchError, Report
 from weft_server.bench.serve.client import Client
 from weft_server.bench.serve.figure import draw
@@ -64,7 +65,7 @@ class _Load:
         self._admin = Account(url, keys.admin)
         self._base = self._accounts[0].ready()
         self._models = [account.adapters(self._base["model"]) for account in self._accounts]
-        self._requests = self._make(self._read(arguments.duration), arguments.seed)
+        self._requests = self._make(self._trace(), arguments.seed)
 
     def phases(self) -> list[Phase]:
         """Requests alone; with jobs, these alone and both after it."""
@@ -106,16 +107,10 @@ class _Load:
             warm = [one for one in self._requests if one.arrival_s < seconds] or self._requests[:1]
             self._send(warm[:_MAX_WARM_UP_REQUESTS], 0.0)
 
-    def _read(self, duration_s: float) -> Trace:
+    def _trace(self) -> Trace:
         arguments = self._arguments
         try:
-            trace = read_trace(
-                arguments.trace,
-                seed=arguments.seed,
-                start_s=arguments.start,
-                duration_s=duration_s,
-                requests_per_s=arguments.rate,
-            )
+            trace = _read(arguments)
         except TraceError as error:
             raise ConfigError(str(error)) from error
         return shape_trace(
@@ -135,3 +130,16 @@ class _Load:
         return make_requests(
             trace, models=self._models, base_model=self._base["model"], seed=seed, extra=extra
         )
+
+
+def _read(arguments: argparse.Namespace) -> Trace:
+    """The arrivals of the window."""
+    if arguments.trace is None:
+        return draw_trace(arguments.rate or 1.0, arguments.duration, arguments.seed)
+    return read_trace(
+        arguments.trace,
+        seed=arguments.seed,
+        start_s=arguments.start,
+        duration_s=arguments.duration,
+        requests_per_s=arguments.rate,
+    )

@@ -73,7 +73,7 @@ def fill(report: Report, arguments: argparse.Namespace, phases: Sequence[Phase])
     if arguments.url is None:
         report.notes.append(f"Processor time of the server, from its start to its end: {server_cpu_s:.1f} s.")
     report.data = {
-        "trace": Path(arguments.trace).name,
+        "trace": "drawn" if arguments.trace is None else Path(arguments.trace).name,
         "phases": [
             {
                 "name": phase.name,

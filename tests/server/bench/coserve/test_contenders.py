@@ -54,7 +54,8 @@ def replace_adapter(request):
 
 def test_the_peers_batch_generates_what_transformers_generates_alone(setup, generator, workload):
     model = setup.random_model()
-    alone = add_adapters(build_peer(model, "none"), make_adapters(setup, model))
+    adapters = make_adapters(setup, model)
+    alone = add_adapters(build_peer(model, "none"), adapters, [model.dtype] * len(adapters))
     requests = list(make_requests(workload(12.0, 1.0)))
     tokens = {request.request_id: [] for request in requests}
     waiting = list(requests)

@@ -45,7 +45,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(trace: Path) -> Iterator[tuple[str, Keys]]:
     """A server with two tenants and three adapters."""
     flags = ("--model", "tiny", "--tenants", "2", "--adapters", "3", "--adapter-rank", "4")
-    with target(parse(str(trace), *flags, "--", "--dtype", "float32")) as (url, keys, shape):
+    with target(parse("--trace", str(trace), *flags, "--", "--dtype", "float32")) as (url, keys, shape):
         assert shape is not None
         yield url, keys
 
@@ -114,7 +114,9 @@ def test_a_server_that_is_not_there_is_an_error_of_the_connection(server):
 def test_the_command_measures_a_running_server(server, trace, tmp_path, capsys):
     url, keys = server
     flags = [f"--key={key}" for key in keys.tenants]
-    given = parse(str(trace), "--url", url, *flags, "--adapters", "2", "--warm-up", "0", "--duration", "3")
+    given = parse(
+        "--trace", str(trace), "--url", url, *flags, "--adapters", "2", "--warm-up", "0", "--duration", "3"
+    )
     given.out = tmp_path
     assert run(given) == 0
     report = json.loads((tmp_path / "serve-url.json").read_text())
@@ -128,9 +130,9 @@ def test_the_command_measures_a_running_server(server, trace, tmp_path, capsys):
 
 def test_flags_that_belong_to_the_other_kind_of_server_are_refused(trace):
     with pytest.raises(ConfigError, match="--key is for a server at --url"):
-        run(parse(str(trace), "--key", "x"))
+        run(parse("--trace", str(trace), "--key", "x"))
     with pytest.raises(ConfigError, match="flags after"):
-        run(parse(str(trace), "--url", "http://127.0.0.1:9", "--", "--dtype", "float32"))
+        run(parse("--trace", str(trace), "--url", "http://127.0.0.1:9", "--", "--dtype", "float32"))
     with pytest.raises(ConfigError, match="--url is 'ftp"):
         Client("ftp://x", 1.0)
 
@@ -143,7 +145,7 @@ def test_a_server_that_does_not_start_is_an_error(tmp_path):
 @pytest.mark.slow
 def test_finetune_jobs_beside_requests_are_measured(trace, tmp_path):
     flags = ("--model", "demo", "--jobs", "1", "--duration", "3", "--warm-up", "0")
-    given = parse(str(trace), *flags, "--", "--dtype", "float32")
+    given = parse("--trace", str(trace), *flags, "--", "--dtype", "float32")
     given.out = tmp_path
     assert run(given) == 0
     phases = json.loads((tmp_path / "serve-demo.json").read_text())["data"]["phases"]
