@@ -53,7 +53,7 @@ _CPU_TPOT_FACTOR = 2.0
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """An engine ready to step, what it announces, and the scheduler inside, for who wants to change targets."""
+    """An engine ready to step, what it announces, and its scheduler, for whoever changes targets."""
 
     engine: Engine
     ready: EngineReady

@@ -172,9 +172,14 @@ class Bench:
             self._say(f"Weft, inference alone, {load:.2f} requests/s")
             outcome = self._run(weft, load)
             self._record(Point("inference alone", load, None, options.seconds, outcome))
-        self._say("Weft, finetuning alone")
-        outcome = self._run(weft, None, trains=True, policy="dedicated")
-        self._record(Point("finetuning alone", 0.0, None, options.seconds, outcome))
+        alone: Sequence[tuple[str, Policy]] = (
+            ("finetuning alone", "dedicated"),
+            ("finetuning, ready for requests", "weft"),
+        )
+        for name, policy in alone:
+            self._say(f"Weft, {name}")
+            outcome = self._run(weft, None, trains=True, policy=policy)
+            self._record(Point(name, 0.0, None, options.seconds, outcome))
         policies: Sequence[tuple[str, Policy]] = (("Weft", "weft"), ("alternating", "alternating"))
         for slo in results.slos:
             for idx, load in enumerate(results.loads):

@@ -13,6 +13,7 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="arrivals and lengths: a file, or azure:FILE, mooncake:FILE, servegen:FILE (default: Poisson "
         "arrivals, lengths as Azure's conversations)",
     )
+    parser.add_argument("--name", metavar="NAME", help="of the result's files (default: serve-MODEL)")
     server = parser.add_argument_group("server")
     server.add_argument("--url", help="a running server (default: start one)")
     server.add_argument(

@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--key is for a server at --url; the started server gets keys of its own")
     if arguments.url is not None and arguments.server_flags:
         raise ConfigError("flags after `--` are for the started server; --url names one that runs already")
-    report = Report(f"serve-{_short_name(arguments)}", f"Load over HTTP: {_short_name(arguments)}")
+    model = "a running server" if arguments.url is not None else Path(arguments.model).name
+    report = Report(arguments.name or f"serve-{_short_name(arguments)}", f"Load over HTTP: {model}")
     with target(arguments) as (url, keys, random_shape):
         phases = _Load(arguments, url, keys, random_shape).phases()
     fill(report, arguments, phases)

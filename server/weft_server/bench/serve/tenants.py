@@ -19,6 +19,9 @@ from weft_server.bench.report import BenchError
 from weft_server.service.tenants import new_key
 
 _TRAIN_FILE = Path(demo.__file__).parent / "data" / "ticket-routing.train.jsonl"
+JOB_BATCH_SIZE = 8
+"""Examples in an optimizer step of a benchmark's finetune job."""
+
 _JOB_START_S = 120.0
 _TIMEOUT_S = 60.0
 
@@ -104,10 +107,17 @@ class Account:
 
     def trained_tokens(self) -> float | None:
         """Tokens that have gone forward for finetuning so far; None if this key may not read the metrics."""
+        return self._counter("finetune_forward_tokens")
+
+    def finetune_steps(self) -> float | None:
+        """Optimizer steps so far; None if this key may not read the metrics."""
+        return self._counter("finetune_steps")
+
+    def _counter(self, name: str) -> float | None:
         response = self._get("/metrics")
         if response.status_code != httpx.codes.OK:
             return None
-        pattern = r"^weft_finetune_forward_tokens_total(?:\{[^}]*\})? (\S+)$"
+        pattern = rf"^weft_{name}_total(?:\{{[^}}]*\}})? (\S+)$"
         return sum(float(value) for value in re.findall(pattern, response.text, re.M))
 
     def _submit(self, model: str, file_id: str, seed: int) -> str:
@@ -115,7 +125,7 @@ class Account:
             "model": model,
             "training_file": file_id,
             "seed": seed,
-            "hyperparameters": {"n_epochs": 50, "batch_size": 8},
+            "hyperparameters": {"n_epochs": 50, "batch_size": JOB_BATCH_SIZE},
             "weft": {"learning_rate": 1e-4},
         }
         job: str = self._json(self._http.post("/v1/fine_tuning/jobs", json=body))["id"]
