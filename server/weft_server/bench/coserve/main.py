@@ -90,6 +90,7 @@ class Bench:
             self._measure_peers_alone(cores)
         self._tune_weft(cores)
         with ContenderProcess("weft", self.options.setup, self.results.weft_tuning.best) as weft:
+            self._check(weft)
             self._measure_machine(weft)
             self._measure_weft(weft)
         if peers_absent is None:
@@ -126,7 +127,12 @@ class Bench:
         right, wrong = generator.check(workload), generator.check(workload, adapter_shift=1)
         return _Expected(right, wrong, trainer.check(workload))
 
-    def _check(self, weft: ContenderProcess, expected: _Expected) -> None:
+    def _check(self, weft: ContenderProcess) -> None:
+        """The first Weft that runs computes what the peers compute, or the benchmark ends."""
+        if self._expected is None:
+            return
+        expected, self._expected = self._expected, None
+        self._say("checking that Weft computes the same")
         own = weft.check(self._check_workload())
         self.report.check(
             "log-probabilities of prompts beside transformers + PEFT (rms, of their spread)",
@@ -141,17 +147,19 @@ class Bench:
     def _tune_weft(self, cores: int) -> None:
         def measure(tuning: Tuning) -> tuple[float, str]:
             with ContenderProcess("weft", self.options.setup, tuning) as weft:
-                if self._expected is not None:
-                    self._check(weft, self._expected)
-                    self._expected = None
+                self._check(weft)
                 times = weft.answer_alone(self._probe())
                 trained = self._run(weft, None, trains=True, policy="dedicated", seconds=_PROBE_S)
             tpot_s, trained_per_s = _unloaded_tpot_s(times), trained.trained_tokens / _PROBE_S
             note = f"{1000 * tpot_s:.1f} ms per token, {trained_per_s:.0f} tokens/s finetuned"
             return math.sqrt(trained_per_s / tpot_s), note
 
-        self._say("checking that Weft computes the same, and tuning it")
-        self.results.weft_tuning = sweep("Weft", self._single_candidates(cores), measure)
+        candidates = self._single_candidates(cores)
+        if len(candidates) == 1:
+            self.results.weft_tuning = sweep("Weft", candidates, lambda _: (0.0, "not swept"))
+            return
+        self._say("tuning Weft")
+        self.results.weft_tuning = sweep("Weft", candidates, measure)
 
     def _measure_machine(self, weft: ContenderProcess) -> None:
         """What a token and a request take unloaded, and the loads and objectives that follow."""
@@ -190,23 +198,27 @@ class Bench:
 
     def _measure_two_processes(self, cores: int) -> None:
         """Both at once. Nothing tells them of an objective, so a window counts for all of them."""
-        found = self._tune_pair("two processes", pair_candidates(cores, is_quick=self.options.is_quick), None)
-        with peer_pair(self.options.setup, found) as pair:
-            for load in self._peer_loads():
-                self._say(f"two processes, {load:.2f} requests/s")
-                self._record(self._run_pair("two processes", pair, load, None, None))
+        candidates = pair_candidates(cores, is_quick=self.options.is_quick)
+        best, point = self._tune_pair("two processes", candidates, None)
+        self._record(point)
+        loads = [load for load in self._peer_loads() if load != point.requests_per_s]
+        if loads:
+            with peer_pair(self.options.setup, best) as pair:
+                for load in loads:
+                    self._say(f"two processes, {load:.2f} requests/s")
+                    self._record(self._run_pair("two processes", pair, load, None))
 
     def _measure_turns(self, cores: int) -> None:
         """The trainer's turn is what the objective leaves of a token's time, if anything."""
-        results = self.results
         candidates = turn_candidates(cores, is_quick=self.options.is_quick)
-        turn_s = self._turn_s(results.slos[-1])
-        found = self._tune_pair("taking turns", candidates, turn_s) if len(candidates) > 1 else candidates[0]
-        with peer_pair(self.options.setup, found) as pair:
-            for slo in results.slos:
+        best, point = self._tune_pair("taking turns", candidates, self.results.slos[-1])
+        self._record(point)
+        with peer_pair(self.options.setup, best) as pair:
+            for slo in self.results.slos:
                 for load in self._peer_loads():
-                    self._say(f"taking turns, {slo.name}, {load:.2f} requests/s")
-                    self._record(self._run_pair("taking turns", pair, load, slo, self._turn_s(slo)))
+                    if (slo, load) != (point.slo, point.requests_per_s):
+                        self._say(f"taking turns, {slo.name}, {load:.2f} requests/s")
+                        self._record(self._run_pair("taking turns", pair, load, slo))
 
     # ------------------------------------------------------------ windows
 
@@ -223,15 +235,14 @@ class Bench:
         return contender.run(self._window(load, trains=trains, policy=policy, slo=slo, seconds=seconds))
 
     def _run_pair(
-        self,
-        name: str,
-        pair: tuple[ContenderProcess, ContenderProcess],
-        load: float,
-        slo: Slo | None,
-        turn_s: float | None,
+        self, name: str, pair: tuple[ContenderProcess, ContenderProcess], load: float, slo: Slo | None
     ) -> Point:
+        """A window of both peers; with an objective, in turns."""
         generator, trainer = pair
-        window = self._window(load, trains=True, slo=slo, turn_s=turn_s)
+        window = self._window(load, trains=True, slo=slo)
+        if slo is not None:
+            left_s = slo.tpot_s - self.results.peer_unloaded_tpot_s
+            window = replace(window, turn_s=max(_LEAST_TURN_S, left_s))
         trainer.begin(window)
         generator.begin(window)
         generated, trained = generator.outcome(), trainer.outcome()
@@ -239,23 +250,24 @@ class Bench:
         return Point(name, load, slo, window.seconds, outcome)
 
     def _tune_pair(
-        self, name: str, candidates: Sequence[tuple[Tuning, Tuning]], turn_s: float | None
-    ) -> tuple[Tuning, Tuning]:
-        """The candidate that trains most among those that attain the loosest objective, or attains most."""
-        slo = self.results.slos[-1]
+        self, name: str, candidates: Sequence[tuple[Tuning, Tuning]], slo: Slo | None
+    ) -> tuple[tuple[Tuning, Tuning], Point]:
+        """The candidate that trains most among those that attain the loosest objective, or attains most; and
+        its window, with inference half busy.
+        """
+        points: dict[tuple[Tuning, Tuning], Point] = {}
 
         def measure(tunings: tuple[Tuning, Tuning]) -> tuple[float, str]:
+            self._say(f"{name}: generator {tunings[0]}; trainer {tunings[1]}")
             with peer_pair(self.options.setup, tunings) as pair:
-                point = self._run_pair(name, pair, self._half_busy(), slo, turn_s)
-            attained = point.attained(slo) or 0.0
+                point = points[tunings] = self._run_pair(name, pair, self.results.half_busy_load, slo)
+            attained = point.attained(self.results.slos[-1]) or 0.0
             note = f"{attained:.0%} attained, {point.trained_per_s:.0f} tokens/s finetuned"
-            score = point.trained_per_s if attained >= ATTAINMENT else (attained - 1.0) * 1e6
-            return score, note
+            return point.trained_per_s if attained >= ATTAINMENT else (attained - 1.0) * 1e6, note
 
-        self._say(f"tuning {name}")
         found = sweep(name, candidates, measure)
         self.results.pair_tunings.append(found)
-        return found.best
+        return found.best, points[found.best]
 
     def _window(
         self,
@@ -265,7 +277,6 @@ class Bench:
         policy: Policy = "weft",
         slo: Slo | None = None,
         seconds: float | None = None,
-        turn_s: float | None = None,
     ) -> Window:
         options = self.options
         seconds = seconds or options.seconds
@@ -278,7 +289,6 @@ class Bench:
             policy=policy,
             tpot_s=slo.tpot_s if slo is not None else 1.0,
             ttft_s=options.ttft_s,
-            turn_s=turn_s,
         )
 
     def _workload(self, load: float, seconds: float) -> WorkloadSpec:
@@ -306,14 +316,8 @@ class Bench:
             return [Tuning(cores)]
         return single_candidates(cores, is_quick=self.options.is_quick)
 
-    def _half_busy(self) -> float:
-        return self.results.half_busy_load
-
     def _peer_loads(self) -> Sequence[float]:
-        return (self._half_busy(),) if self.options.is_gpu else self.results.loads
-
-    def _turn_s(self, slo: Slo) -> float:
-        return max(_LEAST_TURN_S, slo.tpot_s - self.results.peer_unloaded_tpot_s)
+        return (self.results.half_busy_load,) if self.options.is_gpu else self.results.loads
 
     def _record(self, point: Point) -> None:
         self.results.add(point)

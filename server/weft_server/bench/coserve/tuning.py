@@ -43,11 +43,11 @@ def sweep(contender: str, candidates: Sequence[T], measure: Callable[[T], tuple[
 
 
 def single_candidates(num_cores: int, *, is_quick: bool) -> list[Tuning]:
-    """For a process that has the machine to itself."""
-    found = [Tuning(num_cores), Tuning(num_cores, "ACTIVE")]
-    if num_cores > 1 and not is_quick:
-        found.append(Tuning(num_cores // 2))
-    return found
+    """For a process that has the machine to itself; the first one is taken unseen in a quick run."""
+    if is_quick:
+        return [Tuning(num_cores)]
+    fewer = [Tuning(num_cores // 2)] if num_cores > 1 else []
+    return [Tuning(num_cores), Tuning(num_cores, "ACTIVE"), *fewer]
 
 
 def pair_candidates(num_cores: int, *, is_quick: bool) -> list[tuple[Tuning, Tuning]]:
