@@ -144,12 +144,11 @@ class WeftContender:
                 meter.add(replay.now_s, forward=planned[0], backward=planned[1])
             if not self._engine.ran:
                 time.sleep(replay.wait_s(_IDLE_S))
-            elif 0.0 <= replay.now_s <= window.seconds:
-                busy_s += sum(elapsed_s for elapsed_s, _ in self._engine.heartbeat().iterations)
+            for elapsed_s, _ in self._engine.heartbeat().iterations:
+                end_s = replay.now_s
+                busy_s += max(0.0, min(end_s, window.seconds) - max(end_s - elapsed_s, 0.0))
                 num_iterations += 1
                 num_decodes += len(deltas)
-            else:
-                self._engine.heartbeat()
         for request_id in replay.open_ids:
             self._engine.handle(Abort(request_id))
         gauges = self._engine.heartbeat().gauges

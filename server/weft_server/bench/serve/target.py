@@ -32,7 +32,9 @@ def target(arguments: argparse.Namespace) -> Iterator[tuple[str, Keys, Shape | N
         yield arguments.url.rstrip("/"), Keys(keys, keys[0]), None
         return
     with tempfile.TemporaryDirectory(prefix="weft-bench-") as name:
-        folder, model, shape, flags = Path(name), arguments.model, None, list(arguments.server_flags)
+        folder, model, shape = Path(name), arguments.model, None
+        # A line in the log for every request would be measured too.
+        flags = ["--log-level", "warning", *arguments.server_flags]
         if model in SHAPES:
             shape = Shape(model, SHAPES[model])
             model = str(folder / "model")
