@@ -37,7 +37,6 @@ from weft_server.bench.surroundings import num_cores
 
 _PROBE_REQUESTS = 5
 _PROBE_S = 3.0
-_LEAST_TURN_S = 0.005
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -239,10 +238,7 @@ class Bench:
     ) -> Point:
         """A window of both peers; with an objective, in turns."""
         generator, trainer = pair
-        window = self._window(load, trains=True, slo=slo)
-        if slo is not None:
-            left_s = slo.tpot_s - self.results.peer_unloaded_tpot_s
-            window = replace(window, turn_s=max(_LEAST_TURN_S, left_s))
+        window = replace(self._window(load, trains=True, slo=slo), takes_turns=slo is not None)
         trainer.begin(window)
         generator.begin(window)
         generated, trained = generator.outcome(), trainer.outcome()

@@ -28,6 +28,8 @@ from weft_server.bench.peers import PeerFormat, adapter_name, add_adapters, buil
 _MAX_PREFILL_TOKENS = 2048
 """Padded prompt tokens that one prefill takes."""
 _IDLE_S = 2e-3
+_SAFETY = 0.9
+_LEAST_TURN_S = 0.005
 
 
 @dataclass(slots=True)
@@ -61,8 +63,8 @@ class PeerGenerator:
     def run(self, window: Window) -> Outcome:
         """Run one window; with turns, the trainer has the machine while nothing is to be generated."""
         requests = make_requests(window.workload) if window.workload else ()
-        turns = self._turns if window.turn_s is not None else None
-        replay, busy_s = Replay(requests, window), 0.0
+        turns = self._turns if window.takes_turns else None
+        replay, busy_s, late_s = Replay(requests, window), 0.0, 0.0
         while not replay.is_over:
             self._waiting += replay.take_due()
             if not (self._waiting or self._running):
@@ -74,7 +76,10 @@ class PeerGenerator:
             if 0.0 <= began_s <= window.seconds:
                 busy_s += replay.now_s - began_s
             if turns is not None:
-                turns.give_for(window.turn_s or 0.0)
+                # What the objective leaves of a token's time, less what the last turn took too long.
+                left_s = _SAFETY * window.tpot_s - (replay.now_s - began_s) - late_s
+                turn_s = max(_LEAST_TURN_S, left_s)
+                late_s = turns.give_for(turn_s) - turn_s
         if turns is not None:
             turns.end()
         self._drop_all()

@@ -62,7 +62,7 @@ class PeerTrainer:
 
     def run(self, window: Window) -> Outcome:
         """Train until the window is over; where turns are taken, until the generator says so."""
-        turns = self._turns if window.turn_s is not None else None
+        turns = self._turns if window.takes_turns else None
         self._progress = _Progress(TrainMeter(self._num_layers), window, turns)
         num_steps = 0
         if turns is not None:

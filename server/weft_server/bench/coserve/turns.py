@@ -22,15 +22,17 @@ class GeneratorSide:
         """Takes over the descriptor of its end of the pair."""
         self._socket = socket.socket(fileno=fileno)
 
-    def give_for(self, seconds: float) -> None:
-        """Let the trainer run for `seconds`, and wait until it has stopped."""
+    def give_for(self, seconds: float) -> float:
+        """Let the trainer run for `seconds`, and wait until it has stopped; returns how long that took."""
         if seconds <= 0.0:
-            return
+            return 0.0
+        began_s = time.monotonic()
         self._socket.sendall(GO)
         time.sleep(seconds)
         self._socket.sendall(STOP)
         if self._socket.recv(1) != YIELDED:
             raise ConnectionError("the trainer has gone away")
+        return time.monotonic() - began_s
 
     def end(self) -> None:
         """No more turns in this window: the trainer ends its own."""

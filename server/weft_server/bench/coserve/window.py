@@ -20,8 +20,8 @@ class Window:
 
     It begins at `start_s` of the monotonic clock and lasts `seconds`; what the contender does before counts
     nothing, what it does afterwards (`drain_s` at most) is to finish the requests that arrived inside.
-    `workload` is None where nobody generates. `trains`: a finetune job runs. `policy`, `tpot_s` and `ttft_s`
-    are for Weft. `turn_s` is the length of the trainer's turns where two processes take turns.
+    `workload` is None where nobody generates. `trains`: a finetune job runs. `policy` and `ttft_s` are
+    for Weft, `tpot_s` is for Weft and for two processes that take turns.
     """
 
     start_s: float
@@ -32,7 +32,7 @@ class Window:
     policy: Policy = "weft"
     tpot_s: float = 1.0
     ttft_s: float = 5.0
-    turn_s: float | None = None
+    takes_turns: bool = False
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Window:
