@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from weft_server.bench.coserve.checks import Check
 from weft_server.bench.coserve.replay import Replay
@@ -24,6 +23,9 @@ from weft_server.bench.coserve.turns import GeneratorSide
 from weft_server.bench.coserve.window import Outcome, Window
 from weft_server.bench.coserve.workload import BenchRequest, make_requests
 from weft_server.bench.peers import PeerFormat, adapter_name, add_adapters, build_peer
+
+Cache: TypeAlias = Any
+"""transformers' `DynamicCache`; the library is imported when a cache is made."""
 
 _MAX_PREFILL_TOKENS = 2048
 """Padded prompt tokens that one prefill takes."""
@@ -144,7 +146,7 @@ class PeerGenerator:
         )
         rows = [_Running(request, width, pad) for pad, request in zip(padding, admitted, strict=True)]
         positions = (torch.arange(width)[None] - torch.tensor(padding)[:, None]).clamp(min=0)
-        cache = DynamicCache()
+        cache = _new_cache()
         tokens = self._forward(ids, positions, rows, width, cache)
         for row in rows:
             row.length = len(row.request.prompt)
@@ -153,14 +155,14 @@ class PeerGenerator:
     def _decode(self) -> None:
         width = self._width
         positions = torch.tensor([[row.length] for row in self._running])
-        cache = DynamicCache(self._cache)
+        cache = _new_cache(self._cache)
         self._tokens = self._forward(self._tokens[:, None], positions, self._running, width + 1, cache)
         self._cache = _states(cache)
         for row in self._running:
             row.length += 1
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, rows: list[_Running], width: int, cache: DynamicCache
+        self, ids: Tensor, positions: Tensor, rows: list[_Running], width: int, cache: Cache
     ) -> Tensor:
         """The next token of every row, `[B]`."""
         padding = torch.tensor([row.padding for row in rows])
@@ -232,15 +234,21 @@ class PeerGenerator:
             time.sleep(min(seconds, _IDLE_S))
 
 
+def _new_cache(states: list[tuple[Tensor, Tensor]] | None = None) -> Cache:
+    """A cache that holds the keys and values of every layer, or nothing."""
+    from transformers import DynamicCache
+
+    return DynamicCache(states)
+
+
 def _beside(states: Tensor, others: Tensor, width: int) -> Tensor:
     """The rows of both, `width` long."""
     return torch.cat([_padded(states, width), _padded(others, width)])
 
 
-def _states(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+def _states(cache: Cache) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer."""
-    layers: Any = cache.layers
-    return [(layer.keys, layer.values) for layer in layers]
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _padded(states: Tensor, width: int) -> Tensor:

@@ -121,10 +121,11 @@ class TrainMeter:
         return self._at(end_s) - self._at(start_s)
 
     def _at(self, time_s: float) -> float:
-        before_s, before = 0.0, 0.0
+        before_s, before = None, 0.0
         for now_s, total in self._history:
             if now_s >= time_s:
-                part = (time_s - before_s) / (now_s - before_s) if now_s > before_s and before_s else 1.0
-                return before + (total - before) * min(1.0, max(0.0, part))
+                if before_s is None:
+                    return total if now_s == time_s else 0.0
+                return before + (total - before) * (time_s - before_s) / (now_s - before_s)
             before_s, before = now_s, total
         return before

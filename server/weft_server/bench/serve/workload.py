@@ -19,7 +19,7 @@ from weft_scheduler.simulator.trace import (
     spread_over_tenants,
 )
 
-_LOWEST_ID, _HIGHEST_ID = 100, 1000
+_LOWEST_ID, _HIGHEST_ID = 100, 500
 """Prompts are random token ids in between, which every tokenizer at hand has."""
 
 

@@ -84,7 +84,7 @@ def test_requests_leave_at_their_times_and_are_answered_in_full(server):
     for item in done.sent:
         assert item.reply.error is None
         assert item.reply.num_tokens == item.request.num_output_tokens
-        assert len(item.reply.pieces_s) == item.request.num_output_tokens
+        assert 1 <= len(item.reply.pieces_s) <= item.request.num_output_tokens
         assert item.reply.pieces_s == sorted(item.reply.pieces_s)
         assert item.reply.sent_s >= item.due_s
 
@@ -122,7 +122,6 @@ def test_the_command_measures_a_running_server(server, trace, tmp_path, capsys):
     report = json.loads((tmp_path / "serve-url.json").read_text())
     load = report["data"]["phases"][0]["load"]
     assert (load["num_requests"], load["errors"]) == (10, {})
-    # Half of its tokens are no text, so that they come with the next one that is; all of them are counted.
     assert load["generated_per_s"] > 0.0
     assert (tmp_path / "serve-url.png").stat().st_size > 10_000
     assert "not measured" not in capsys.readouterr().out
