@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup check format test test-slow test-all test-gpu demo serve base-model clean
+.PHONY: setup check format test test-slow test-all test-gpu bench-gpu demo serve base-model clean
 .DEFAULT_GOAL := test
 
 setup: $(INSTALLED)
@@ -37,6 +37,10 @@ test-all: test test-slow
 test-gpu:
 	PYTHONPATH=server:kernels:scheduler $(PYTHON) -m pytest -m gpu \
 		tests/kernels tests/server/adapters tests/server/engine tests/server/model tests/server/quant
+
+# One part of `weft bench` on such a machine: make bench-gpu PART=coserve (kernels, decode, train, …).
+bench-gpu:
+	PYTHONPATH=server:kernels:scheduler $(PYTHON) -m weft_server.bench $(PART)
 
 demo: setup
 	$(BIN)/weft demo --exit

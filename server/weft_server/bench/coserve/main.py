@@ -10,7 +10,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import mean, median
@@ -79,22 +80,28 @@ class Bench:
     report: Report
     _started_s: float = field(default_factory=time.monotonic)
     _expected: _Expected | None = None
+    _kept: tuple[ContenderProcess, ContenderProcess] | None = None
 
     def run(self) -> None:
         """All phases, in order."""
         peers_absent = why_absent(self.options.setup.quantization) if self.options.with_peers else "left out"
         self.results.peers_absent = peers_absent
         cores = num_cores()
-        if peers_absent is None:
-            self._measure_peers_alone(cores)
-        self._tune_weft(cores)
-        with ContenderProcess("weft", self.options.setup, self.results.weft_tuning.best) as weft:
-            self._check(weft)
-            self._measure_machine(weft)
-            self._measure_weft(weft)
-        if peers_absent is None:
-            self._measure_two_processes(cores)
-            self._measure_turns(cores)
+        with ExitStack() as stack:
+            if peers_absent is None and self.options.is_gpu:
+                # Nothing is swept there, and loading the peers again would take longer than measuring them.
+                everything = (Tuning(cores), Tuning(cores))
+                self._kept = stack.enter_context(peer_pair(self.options.setup, everything))
+            if peers_absent is None:
+                self._measure_peers_alone(cores)
+            self._tune_weft(cores)
+            with ContenderProcess("weft", self.options.setup, self.results.weft_tuning.best) as weft:
+                self._check(weft)
+                self._measure_machine(weft)
+                self._measure_weft(weft)
+            if peers_absent is None:
+                self._measure_two_processes(cores)
+                self._measure_turns(cores)
 
     # ------------------------------------------------------------ phases
 
@@ -104,7 +111,7 @@ class Bench:
         trained: dict[Tuning, Outcome] = {}
         for tuning in self._single_candidates(cores):
             self._say(f"transformers + PEFT, each alone, {tuning}")
-            with peer_pair(self.options.setup, (tuning, tuning)) as (generator, trainer):
+            with self._pair((tuning, tuning)) as (generator, trainer):
                 if not times:
                     self._expected = self._peers_answers(generator, trainer)
                 times[tuning] = _unloaded_tpot_s(generator.answer_alone(self._probe()))
@@ -197,22 +204,22 @@ class Bench:
 
     def _measure_two_processes(self, cores: int) -> None:
         """Both at once. Nothing tells them of an objective, so a window counts for all of them."""
-        candidates = pair_candidates(cores, is_quick=self.options.is_quick)
+        candidates = self._pair_candidates(pair_candidates, cores)
         best, point = self._tune_pair("two processes", candidates, None)
         self._record(point)
         loads = [load for load in self._peer_loads() if load != point.requests_per_s]
         if loads:
-            with peer_pair(self.options.setup, best) as pair:
+            with self._pair(best) as pair:
                 for load in loads:
                     self._say(f"two processes, {load:.2f} requests/s")
                     self._record(self._run_pair("two processes", pair, load, None))
 
     def _measure_turns(self, cores: int) -> None:
         """The trainer's turn is what the objective leaves of a token's time, if anything."""
-        candidates = turn_candidates(cores, is_quick=self.options.is_quick)
+        candidates = self._pair_candidates(turn_candidates, cores)
         best, point = self._tune_pair("taking turns", candidates, self.results.slos[-1])
         self._record(point)
-        with peer_pair(self.options.setup, best) as pair:
+        with self._pair(best) as pair:
             for slo in self.results.slos:
                 for load in self._peer_loads():
                     if (slo, load) != (point.slo, point.requests_per_s):
@@ -220,6 +227,15 @@ class Bench:
                         self._record(self._run_pair("taking turns", pair, load, slo))
 
     # ------------------------------------------------------------ windows
+
+    @contextmanager
+    def _pair(self, tunings: tuple[Tuning, Tuning]) -> Iterator[tuple[ContenderProcess, ContenderProcess]]:
+        """Generator and trainer: those that are kept, else new ones."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        with peer_pair(self.options.setup, tunings) as pair:
+            yield pair
 
     def _run(
         self,
@@ -255,7 +271,7 @@ class Bench:
 
         def measure(tunings: tuple[Tuning, Tuning]) -> tuple[float, str]:
             self._say(f"{name}: generator {tunings[0]}; trainer {tunings[1]}")
-            with peer_pair(self.options.setup, tunings) as pair:
+            with self._pair(tunings) as pair:
                 point = points[tunings] = self._run_pair(name, pair, self.results.half_busy_load, slo)
             attained = point.attained(self.results.slos[-1]) or 0.0
             note = f"{attained:.0%} attained, {point.trained_per_s:.0f} tokens/s finetuned"
@@ -299,6 +315,13 @@ class Bench:
             trace=options.trace,
             seed=setup.seed,
         )
+
+    def _pair_candidates(
+        self, candidates: Callable[..., list[tuple[Tuning, Tuning]]], cores: int
+    ) -> list[tuple[Tuning, Tuning]]:
+        if self.options.is_gpu:
+            return [(Tuning(cores), Tuning(cores))]
+        return candidates(cores, is_quick=self.options.is_quick)
 
     def _check_workload(self) -> WorkloadSpec:
         return replace(self._workload(1.0, 4.0), max_model_len=128)

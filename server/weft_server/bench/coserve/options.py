@@ -93,7 +93,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
         max_batch=256 if is_gpu else 32,
         seed=arguments.seed,
     )
-    seconds = arguments.seconds or (12.0 if is_gpu else 6.0 if is_quick else 18.0)
+    seconds = arguments.seconds or (8.0 if is_gpu else 6.0 if is_quick else 18.0)
     slos = arguments.slo or ("15,50" if is_gpu else "1.5x,4x")
     return Options(
         setup=setup,
@@ -105,7 +105,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
         ttft_s=arguments.ttft_slo_ms / 1000,
         seconds=seconds,
         settle_s=2.0,
-        drain_s=min(seconds, 4.0 if is_quick else 8.0),
+        drain_s=min(seconds, 4.0 if is_quick or is_gpu else 8.0),
         is_quick=is_quick,
         with_peers=not arguments.no_peers,
         out=arguments.out,
