@@ -54,6 +54,7 @@ class Client:
     async def stream(self, path: str, body: bytes, key: str | None) -> Reply:
         """POST a body and read the stream to its end. Never raises: what fails is in the reply."""
         reply = Reply(sent_s=time.perf_counter())
+        connection: _Connection | None = None
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection = await self._connection()
@@ -63,11 +64,10 @@ class Client:
             reply.error = "client timeout"
         except OSError as error:
             reply.error = f"connection: {type(error).__name__}"
-        else:
-            if connection.is_reusable:
-                self._idle.append(connection)
-            else:
-                connection.close()
+        if connection is not None and connection.is_reusable:
+            self._idle.append(connection)
+        elif connection is not None:
+            connection.close()
         reply.ended_s = time.perf_counter()
         return reply
 
@@ -75,6 +75,8 @@ class Client:
         """Close all connections."""
         while self._idle:
             self._idle.popleft().close()
+        # Transports close in the loop's next round.
+        await asyncio.sleep(0)
 
     async def _connection(self) -> _Connection:
         while self._idle:

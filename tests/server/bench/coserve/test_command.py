@@ -16,7 +16,7 @@ from weft_server.errors import ConfigError
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "weft_server.bench", "coserve", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=580, check=False)
 
 
 def test_it_measures_weft_and_writes_a_report(tmp_path: Path) -> None:
