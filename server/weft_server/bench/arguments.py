@@ -63,7 +63,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Shape, device, dtype and format of an engine-level part."""
+    """Shape, device and dtype of an engine-level part."""
     parser.add_argument(
         "--model",
         metavar="CONFIG",
@@ -78,29 +78,42 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of computation, for Weft and its peers (default: %(default)s)",
     )
     parser.add_argument(
-        "--quantization",
-        choices=("none", "nf4", "int8"),
-        help="of the frozen linears (default: none on a CPU, nf4 on a GPU)",
-    )
-    parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of weights and prompts (default: 0)"
     )
 
 
-def _engine_part(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+def add_budget_argument(parser: argparse.ArgumentParser) -> None:
+    """`--budget-s`, of parts that compare rivals in rounds."""
     parser.add_argument(
         "--budget-s",
         type=float,
         default=20.0,
         metavar="S",
-        help="seconds of measuring for each comparison (default: %(default)s)",
+        help="seconds of measuring for each pair of rivals (default: %(default)s)",
     )
+
+
+def add_quantization_argument(parser: argparse.ArgumentParser) -> None:
+    """`--quantization`, of parts that measure one format."""
+    parser.add_argument(
+        "--quantization",
+        choices=("none", "nf4", "int8"),
+        help="of the frozen linears (default: none on a CPU, nf4 on a GPU)",
+    )
+
+
+def _engine_part(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_budget_argument(parser)
+    add_quantization_argument(parser)
     add_output_arguments(parser)
 
 
 def _kernels(parser: argparse.ArgumentParser) -> None:
-    _engine_part(parser)
+    add_model_arguments(parser)
+    add_budget_argument(parser)
+    add_output_arguments(parser)
+    parser.set_defaults(quantization="none")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="operators whose name contains this (default: all)"
     )
@@ -113,6 +126,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 def _coserve(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_quantization_argument(parser)
     add_coserve_arguments(parser)
     add_output_arguments(parser)
 

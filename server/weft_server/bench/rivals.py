@@ -62,7 +62,7 @@ def race(
 
 
 def take_turns(setting: Setting, calls: Mapping[str, Measured], *, min_rounds: int = 3) -> Timings:
-    """Measure in turns, each call once before; seconds by name and round."""
+    """Measure in turns, each call once before; seconds by name and round. Two calls share `budget_s`."""
     return interleave(
         calls,
         lambda call: call(),

@@ -173,10 +173,10 @@ def measure_steps(report: Report, setting: Setting, weft: WeftTrainer, subject: 
         report.compare(measure, "tokens/s", rate, trainer.name, 1 / median(seconds), ratio)
     if not trainers:
         report.compare(measure, "tokens/s", rate, f"{PEER} ({absent})", None, None)
-    _add_targets(report, setting, trainers, timings)
+    add_targets(report, setting, trainers, timings)
 
 
-def _add_targets(report: Report, setting: Setting, trainers: Sequence[PeerTrainer], timings: Timings) -> None:
+def add_targets(report: Report, setting: Setting, trainers: Sequence[PeerTrainer], timings: Timings) -> None:
     """Against the fastest configuration of each kind."""
 
     def worst(kind: Callable[[PeerTrainer], bool]) -> float | None:
