@@ -13,19 +13,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import httpx
 
 from weft_scheduler.simulator.device_model import FittedDevice
 from weft_scheduler.simulator.fitted import Fitted, read_fitted
@@ -35,11 +30,14 @@ from weft_scheduler.simulator.readers import read_trace
 from weft_scheduler.simulator.report import Percentiles
 from weft_scheduler.simulator.simulation import Setup, simulate
 from weft_scheduler.simulator.trace import Trace, fit_context, scale_lengths
-from weft_server import demo
+from weft_server.bench.serve.client import Client
+from weft_server.bench.serve.load import Run, send_all
+from weft_server.bench.serve.measures import Latencies
+from weft_server.bench.serve.server import served
+from weft_server.bench.serve.tenants import JOB_BATCH_SIZE, Account
+from weft_server.bench.serve.workload import LoadRequest, make_requests
 from weft_server.simulate.scenario import read_shape
 
-TRAIN_FILE = Path(demo.__file__).parent / "data" / "ticket-routing.train.jsonl"
-BATCH_SIZE = 8
 WARM_UP_S = 5.0
 QUIET_S, AZURE_RATE = 60.0, 5.53
 """The first minute of the trace is quieter than the rest, and left out."""
@@ -56,109 +54,41 @@ class Measured:
     trained_per_s: float
 
 
-@dataclass(slots=True)
-class Answer:
-    """When the pieces of one answer came, seconds on one clock; `num_pieces` of them."""
-
-    sent_s: float
-    first_s: float = 0.0
-    last_s: float = 0.0
-    num_pieces: int = 0
-
-
-@contextlib.contextmanager
-def served(data_dir: Path, flags: list[str]) -> Iterator[str]:
-    """A server with this data folder; yields its address, and has stopped in good order afterwards."""
-    command = [sys.executable, "-m", "weft_server.cli", "serve", "demo", "--port", "0"]
-    command += ["--data-dir", str(data_dir), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline() if process.stdout else ""
-        if not line.startswith("Weft is ready: "):
-            raise SystemExit(f"the server did not start: {line.strip()} (status {process.poll()})")
-        yield line.removeprefix("Weft is ready: ").strip()
-    finally:
-        process.terminate()
-        process.wait()
-
-
-async def ask(client: httpx.AsyncClient, model: str, num_prompt: int, num_output: int) -> Answer:
-    """One streamed completion of exactly `num_output` tokens."""
-    body = {
-        "model": model,
-        "prompt": [100 + idx % 900 for idx in range(num_prompt)],
-        "max_tokens": num_output,
-        "ignore_eos": True,
-        "stream": True,
-    }
-    answer = Answer(time.perf_counter())
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.is_error:
-            raise RuntimeError((await response.aread()).decode())
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                answer.last_s = time.perf_counter()
-                answer.first_s = answer.first_s or answer.last_s
-                answer.num_pieces += 1
-    return answer
-
-
-async def counts(client: httpx.AsyncClient) -> tuple[float, float]:
-    """Tokens forwarded for finetuning, and optimizer steps, so far."""
-    text = (await client.get("/metrics")).text
-
-    def total(name: str) -> float:
-        return sum(float(v) for v in re.findall(rf"^weft_{name}_total(?:{{[^}}]*}})? (\S+)$", text, re.M))
-
-    return total("finetune_forward_tokens"), total("finetune_steps")
-
-
-async def start_job(client: httpx.AsyncClient, model: str) -> None:
-    """A job that outlasts the run, running."""
-    with TRAIN_FILE.open("rb") as data:
-        upload = await client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": data})
-    upload.raise_for_status()
-    body = {
-        "model": model,
-        "training_file": upload.json()["id"],
-        "hyperparameters": {"n_epochs": 50, "batch_size": BATCH_SIZE},
-    }
-    job = await client.post("/v1/fine_tuning/jobs", json=body)
-    job.raise_for_status()
-    while (await client.get(f"/v1/fine_tuning/jobs/{job.json()['id']}")).json()["status"] != "running":
-        await asyncio.sleep(0.1)
-
-
-async def replay(url: str, trace: Trace) -> tuple[Measured, int]:
+def replay(url: str, trace: Trace) -> tuple[Measured, int]:
     """Send the trace at its times; returns what was measured and the mean tokens of a training example."""
-    async with httpx.AsyncClient(base_url=url, timeout=300.0) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
-        await start_job(client, model)
-        await asyncio.sleep(WARM_UP_S)
-        tokens_before, steps_before = await counts(client)
-        began = time.perf_counter()
-
-        async def at_its_time(arrival_s: float, num_prompt: int, num_output: int) -> Answer:
-            await asyncio.sleep(began + arrival_s - time.perf_counter())
-            return await ask(client, model, num_prompt, num_output)
-
-        answers = await asyncio.gather(
-            *(at_its_time(r.arrival_s, r.num_prompt_tokens, r.num_output_tokens) for r in trace)
-        )
-        elapsed_s = time.perf_counter() - began
-        tokens_after, steps_after = await counts(client)
-    trained = tokens_after - tokens_before
-    example_tokens = round(trained / max(1.0, (steps_after - steps_before) * BATCH_SIZE))
-    return _measured(answers, trace, trained / elapsed_s), max(1, example_tokens)
+    account = Account(url, None)
+    model = account.ready()["model"]
+    requests = make_requests(trace, models=[[]], base_model=model, seed=0, extra={})
+    account.start_jobs(model, 1)
+    time.sleep(WARM_UP_S)
+    tokens_before, steps_before = account.trained_tokens() or 0.0, account.finetune_steps() or 0.0
+    run = asyncio.run(send(url, requests))
+    trained = (account.trained_tokens() or 0.0) - tokens_before
+    num_steps = (account.finetune_steps() or 0.0) - steps_before
+    account.close()
+    elapsed_s = max(item.reply.ended_s for item in run.sent) - run.began_s
+    example_tokens = round(trained / max(1.0, num_steps * JOB_BATCH_SIZE))
+    return _measured(run, trained / elapsed_s), max(1, example_tokens)
 
 
-def _measured(answers: list[Answer], trace: Trace, trained_per_s: float) -> Measured:
-    tpot = [
-        (answer.last_s - answer.first_s) / (request.num_output_tokens - 1)
-        for answer, request in zip(answers, trace, strict=True)
-        if request.num_output_tokens > 1
-    ]
-    ttft = [answer.first_s - answer.sent_s for answer in answers]
+async def send(url: str, requests: Sequence[LoadRequest]) -> Run:
+    """The requests at their times, on one client."""
+    client = Client(url, timeout_s=300.0)
+    try:
+        return await send_all(client, requests, [None], 0.0)
+    finally:
+        await client.close()
+
+
+def _measured(run: Run, trained_per_s: float) -> Measured:
+    found = []
+    for item in run.sent:
+        latencies = Latencies.of(item)
+        if latencies is None:
+            raise SystemExit(f"a request failed: {item.reply.error}")
+        found.append((item.request.num_output_tokens, latencies))
+    tpot = [latencies.tpot_ms / 1000 for num_tokens, latencies in found if num_tokens > 1]
+    ttft = [latencies.ttft_ms / 1000 for _, latencies in found]
     return _as_measured(Percentiles.of(tpot), Percentiles.of(ttft), trained_per_s)
 
 
@@ -168,7 +98,7 @@ def _as_measured(tpot: Percentiles, ttft: Percentiles, trained_per_s: float) -> 
 
 def simulated(trace: Trace, fitted: Fitted, example_tokens: int) -> Measured:
     """The same arrivals and a job of such examples, on the fitted cost model."""
-    job = JobSpec("job-0", "default", batch_size=BATCH_SIZE, example_tokens=example_tokens)
+    job = JobSpec("job-0", "default", batch_size=JOB_BATCH_SIZE, example_tokens=example_tokens)
     setup = Setup(
         limits=fitted.limits,
         device=FittedDevice(fitted.cost),
@@ -216,8 +146,8 @@ def main() -> int:
     )
     trace = fit_context(scale_lengths(trace, arguments.length_scale), read_shape("demo").max_model_len)
     with tempfile.TemporaryDirectory(prefix="weft-validate-") as folder:
-        with served(Path(folder), arguments.server_flags) as url:
-            real, example_tokens = asyncio.run(replay(url, trace))
+        with served("demo", Path(folder), arguments.server_flags) as url:
+            real, example_tokens = replay(url, trace)
         fitted = read_fitted((Path(folder) / "cost_model.json").read_text())
     model = simulated(trace, fitted, example_tokens)
     print(f"{len(trace)} requests, examples of {example_tokens} tokens, noise {fitted.noise:.1%}")

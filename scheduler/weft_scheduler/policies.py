@@ -96,7 +96,8 @@ class AlternatingPolicy:
     """Iterations of inference and of finetuning in turn; a pair takes no longer than the per-token target.
 
     The inference half is Weft's; the finetuning half gets what it leaves of the target, so that finetuning is
-    sliced as finely as Weft's, but shares no iteration, and no reading of the weights, with decodes.
+    sliced as finely as Weft's, but shares no iteration, and no reading of the weights, with decodes. A turn
+    for which nothing is left is skipped, up to the same trickle as Weft's.
     """
 
     def __init__(self) -> None:
@@ -111,7 +112,7 @@ class AlternatingPolicy:
         target_s = budget.tpot_s * SAFETY
         if self._is_training_turn:
             self._is_training_turn = False
-            left_s = self._train(state, draft, max(0.0, target_s - self._inference_s))
+            left_s = self._train(state, draft, max(0.0, target_s - self._inference_s), may_skip=True)
             if not draft.is_empty:
                 return left_s
         plan_decodes(state, draft)
@@ -123,13 +124,14 @@ class AlternatingPolicy:
         self._is_training_turn = bool(draft.forward)
         if draft.forward:
             return budget_s
-        return self._train(state, draft, budget.open_budget_s)
+        return self._train(state, draft, budget.open_budget_s, may_skip=False)
 
-    def _train(self, state: SchedulerState, draft: PlanDraft, budget_s: float) -> float:
+    def _train(self, state: SchedulerState, draft: PlanDraft, budget_s: float, *, may_skip: bool) -> float:
         draft.must_finish_layer |= self._must_finish_layer
         draft.stops_between_layers |= self._stops_between_layers
         self._must_finish_layer = self._stops_between_layers = False
-        plan_training(state, draft, budget_s, is_due=False)
+        is_due = trickle_is_due(state)
+        plan_training(state, draft, budget_s, is_due=is_due, may_be_empty=may_skip)
         return budget_s
 
 

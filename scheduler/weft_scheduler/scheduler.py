@@ -70,8 +70,7 @@ class Scheduler:
         """
         self.limits = limits
         self.cost = cost
-        self.budget = BudgetController(targets, limits.max_inflight)
-        self.flex_budget = BudgetController(flex_targets or targets.relaxed(), limits.max_inflight)
+        self.set_targets(targets, flex_targets)
         self._state = SchedulerState(limits, cost)
         self._policy = WeftPolicy() if policy is None else policy
         self._in_flight: deque[InFlight] = deque()
@@ -153,6 +152,14 @@ class Scheduler:
             ValueError: the weight is not positive.
         """
         self._state.shares.set_weight(tenant, weight)
+
+    def set_targets(self, targets: LatencyTargets, flex_targets: LatencyTargets | None = None) -> None:
+        """Yield to these targets from the next plan on; what was learnt under others is forgotten.
+
+        `flex_targets` are those of the flex class, by default `FLEX_FACTOR` times as long.
+        """
+        self.budget = BudgetController(targets, self.limits.max_inflight)
+        self.flex_budget = BudgetController(flex_targets or targets.relaxed(), self.limits.max_inflight)
 
     def set_max_concurrency(self, most: Mapping[str, int]) -> None:
         """Let at most so many requests of a tenant run at a time; tenants not named have no such limit.

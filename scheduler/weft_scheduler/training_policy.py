@@ -82,8 +82,12 @@ def num_kept_blocks(state: SchedulerState, now_s: float) -> int:
     return state.limits.num_blocks_for(pack.spec.num_tokens)
 
 
-def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, is_due: bool) -> None:
-    """Add units of finetuning within the budget; at least one if `is_due` or if the plan would be empty."""
+def plan_training(
+    state: SchedulerState, draft: PlanDraft, budget_s: float, *, is_due: bool, may_be_empty: bool = False
+) -> None:
+    """Add units of finetuning within the budget; at least one if `is_due`, or if the plan would be empty and
+    must not be.
+    """
     if draft.must_finish_layer:
         finish_layer(state, draft)
     _admit_packs(state, draft)
@@ -92,7 +96,7 @@ def plan_training(state: SchedulerState, draft: PlanDraft, budget_s: float, *, i
     _add_windows(state, draft, budget_s, is_in_turn)
     _add_slices(state, draft, budget_s, is_in_turn)
     is_empty = not draft.forward and not _step_is_in_flight(state)
-    if not draft.num_training_units and (is_due or is_empty):
+    if not draft.num_training_units and (is_due or (is_empty and not may_be_empty)):
         _force_one(state, draft)
     is_idle = is_runnable(state) and not draft.num_training_units
     state.num_idle_training_plans = state.num_idle_training_plans + 1 if is_idle else 0

@@ -1,4 +1,4 @@
-"""The command line: `weft serve`, `weft demo`, `weft keys new`, `weft simulate`.
+"""The command line: `weft serve`, `weft demo`, `weft keys new`, `weft simulate`, `weft bench`.
 
 Owns flags and exit codes (0 done, 1 failed at run time, 2 usage or configuration, 130 interrupted).
 Everything else is imported when a command needs it, so that `weft --help` stays quick.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from weft_server import __version__
+from weft_server.bench.arguments import add_bench_arguments
 from weft_server.config import CONFIG_ENV, OPTIONS, Option, load_settings
 from weft_server.errors import ConfigError, WeftError
 from weft_server.simulate.arguments import add_simulate_arguments
@@ -114,6 +115,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_simulate_arguments(simulate)
     simulate.set_defaults(run=_simulate, parser=simulate)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure kernels, engine and server",
+        description="Measure Weft: correctness first, then times against ceilings, peers and targets.",
+        allow_abbrev=False,
+    )
+    add_bench_arguments(bench)
     return parser
 
 

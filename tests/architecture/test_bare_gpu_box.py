@@ -76,6 +76,7 @@ def test_engine_training_and_kernels_import_on_a_bare_gpu_box(root: Path) -> Non
     modules = {"weft_server.engine.engine", "weft_server.engine.build"}
     for package in ("adapters", "cache", "model", "quant", "training"):
         modules |= modules_of(root / "server", f"weft_server.{package}")
+    modules |= modules_of(root / "server", "weft_server.bench.coserve")
     modules |= modules_of(root / "kernels", "weft_kernels")
     modules |= modules_of(root / "scheduler", "weft_scheduler")
     assert failed_imports(modules, absent=absent_from_the_box(root)) == {}

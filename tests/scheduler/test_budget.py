@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 
+from weft_scheduler import CostModel, Limits, Scheduler
 from weft_scheduler.budget import BudgetController, LatencyTargets
 
 
@@ -161,3 +162,23 @@ def test_late_first_tokens_shorten_the_iterations_that_an_arrival_may_meet() -> 
     for _ in range(32 * 100):
         budget.observe_first_token(0.1)
     assert budget.open_budget_s == 0.25
+
+
+def test_new_targets_forget_what_was_learnt_under_others() -> None:
+    limits = Limits(
+        num_blocks=64,
+        block_size=16,
+        max_num_seqs=8,
+        max_batch_tokens=64,
+        max_model_len=128,
+        num_adapter_slots=4,
+        arena_elements=1 << 16,
+        window_tokens=16,
+        num_layers=2,
+        max_train_tokens=256,
+    )
+    scheduler = Scheduler(limits, CostModel(), LatencyTargets(0.05, 2.0))
+    feed(scheduler.budget, 0.5)
+    scheduler.set_targets(LatencyTargets(0.02, 1.0))
+    assert scheduler.budget.decode_budget_s == pytest.approx(0.018)
+    assert scheduler.flex_budget.tpot_s == pytest.approx(0.08)

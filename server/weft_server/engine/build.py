@@ -53,10 +53,11 @@ _CPU_TPOT_FACTOR = 2.0
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """An engine ready to step, and what it announces."""
+    """An engine ready to step, what it announces, and its scheduler, for whoever changes targets."""
 
     engine: Engine
     ready: EngineReady
+    scheduler: Scheduler
     describe_device: Callable[[], dict[str, Any]]
     """What the scheduler has learnt of the device, for simulations."""
 
@@ -193,7 +194,7 @@ def assemble_engine(
         max_pack_tokens=sizes.max_pack_tokens,
     )
     announcement = _announcement(weights, sizes, targets, scheduler, base_fingerprint)
-    return BuiltEngine(engine, announcement, describe_device)
+    return BuiltEngine(engine, announcement, scheduler, describe_device)
 
 
 @contextmanager

@@ -10,8 +10,10 @@ import pytest
 from weft_scheduler import CostModel, LatencyTargets, Limits, Scheduler, SegmentKind, StepPlan
 from weft_scheduler.policies import POLICIES, AlternatingPolicy, NoCoservingPolicy, Policy, StaticCapPolicy
 from weft_scheduler.simulator.capacity import plan_replicas
+from weft_scheduler.simulator.report import Slo
 from weft_scheduler.simulator.simulation import Setup, Simulation, simulate
 from weft_scheduler.simulator.trace import Trace
+from weft_scheduler.training_policy import TRICKLE_INTERVAL
 
 Traces = Callable[..., Trace]
 Setups = Callable[..., Setup]
@@ -65,6 +67,16 @@ def test_alternating_never_mixes_and_keeps_the_pair_within_the_target(
         and any(segment.kind is SegmentKind.DECODE for segment in a.forward)
     ]
     assert beyond == []
+
+
+def test_alternating_skips_turns_for_which_nothing_is_left(
+    make_trace: Traces, make_setup: Setups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make_setup(noise=0.0, slo=Slo(tpot_s=1e-4))
+    plans = plans_of(make_trace(40, 10.0), setup, AlternatingPolicy(), monkeypatch)
+    decoding = [i for i, a in enumerate(plans[:-1]) if any(s.kind is SegmentKind.DECODE for s in a.forward)]
+    trained = sum(trains(plans[i + 1]) for i in decoding)
+    assert 0 < trained <= 2 * len(decoding) / TRICKLE_INTERVAL
 
 
 def test_a_static_cap_bounds_windows_and_layers_whatever_the_time(

@@ -1,0 +1,128 @@
+"""Runs `weft bench kernels`: checks every case, times it beside its peers with cold caches, and reports it
+against the roofline."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from weft_server.bench.ceilings import Ceilings
+from weft_server.bench.kernels import attention, linear, lora, pointwise, transfer
+from weft_server.bench.kernels.case import TOLERANCE, OpCase, Subject
+from weft_server.bench.models import RandomModel
+from weft_server.bench.report import BenchError, Report
+from weft_server.bench.settings import add_ceilings, read_setting
+from weft_server.bench.shapes import Shape
+from weft_server.bench.stats import Stopwatch, interleave, median_ratio
+
+_BUDGET_SHARE = 0.02
+"""Of `--budget-s`, for one case: there are more than a hundred."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Microseconds of one case, and how many times as long each peer takes (None: not measured)."""
+
+    case: OpCase
+    weft_us: float
+    roofline_us: float
+    peers: dict[str, tuple[float, float] | None]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print and write; returns the exit code.
+
+    Raises:
+        BenchError: a case gives a wrong result, or no operator has the wanted name.
+    """
+    setting = read_setting(arguments)
+    shape = setting.model.shape
+    report = setting.report("kernels", "Operators")
+    ceilings = add_ceilings(report, setting)
+    one_layer = Shape(shape.name, {**shape.hf_config, "num_hidden_layers": 1})
+    model = RandomModel(one_layer, dtype=setting.model.dtype, device=setting.device, seed=setting.seed)
+    subject = Subject(model, setting.seed)
+    stopwatch = Stopwatch(setting.device, cold=True)
+    measured: list[Measured] = []
+    tolerance = TOLERANCE[subject.dtype]
+    with torch.no_grad():
+        for case in all_cases(subject, shape):
+            if arguments.only not in case.op:
+                continue
+            report.check(f"{case.op}, {case.shape}", case.error(), tolerance)
+            measured.append(measure(case, ceilings, stopwatch, _BUDGET_SHARE * setting.budget_s))
+    if not measured:
+        raise BenchError(f"--only {arguments.only!r} is in the name of no operator")
+    add_rows(report, measured)
+    add_targets(report, measured, on_gpu=setting.on_gpu)
+    report.finish(arguments.out)
+    return 0
+
+
+def all_cases(subject: Subject, shape: Shape) -> Iterator[OpCase]:
+    """Every operator's cases, made one after the other; `shape` is the whole model's."""
+    yield from linear.cases(subject)
+    yield from lora.cases(subject)
+    yield from attention.cases(subject)
+    yield from pointwise.cases(subject)
+    yield from transfer.cases(subject, shape)
+
+
+def measure(case: OpCase, ceilings: Ceilings, stopwatch: Stopwatch, budget_s: float) -> Measured:
+    """Time a case and its peers in turns."""
+    calls = {"Weft": case.run, **{name: call for name, call in case.peers.items() if call is not None}}
+    timings = interleave(calls, stopwatch.seconds, budget_s=budget_s, min_rounds=5, max_rounds=100)
+    if case.crosses_link and ceilings.link_bytes_per_s is not None:
+        least_s = case.num_bytes / ceilings.link_bytes_per_s
+    else:
+        least_s = ceilings.seconds(case.num_bytes, case.flops)
+    peers: dict[str, tuple[float, float] | None] = {
+        name: None
+        if call is None
+        else (1e6 * median(timings[name]), median_ratio(timings[name], timings["Weft"]))
+        for name, call in case.peers.items()
+    }
+    return Measured(case, 1e6 * median(timings["Weft"]), 1e6 * least_s, peers)
+
+
+def add_rows(report: Report, measured: list[Measured]) -> None:
+    """One row a case and peer."""
+    table = report.table(
+        "Operators, caches cold",
+        ("operator", "shape", "µs", "roofline, µs", "of roofline, %", "peer", "peer's, µs", "Weft faster by"),
+        "Roofline: the longer of moving every byte once at the measured bandwidth and computing at the rate "
+        "of large products.",
+    )
+    for item in measured:
+        own = (item.case.op, item.case.shape, item.weft_us, item.roofline_us, share(item))
+        for name, times in item.peers.items() or [("–", None)]:
+            if name == "–":
+                table.add(*own, name, "–", "–")
+            else:
+                table.add(*own, name, *((None, None) if times is None else times))
+
+
+def share(item: Measured) -> float:
+    """Per cent of the roofline that is reached."""
+    return 100 * item.roofline_us / item.weft_us
+
+
+def add_targets(report: Report, measured: list[Measured], *, on_gpu: bool) -> None:
+    """LoRA against vLLM's kernels at equal and at mixed ranks, and adapter loads against the link."""
+    if not on_gpu:
+        return
+    for what, mark in (("equal", "rank 16"), ("mixed", "ranks ")):
+        found = [
+            item.peers["vLLM"]
+            for item in measured
+            if item.case.op == "lora forward" and f" of {mark}" in item.case.shape
+        ]
+        ratios = [times[1] for times in found if times is not None]
+        text = f"LoRA forward at {what} ranks against vLLM's shrink and expand, worst group"
+        report.target(text, min(ratios, default=None), at_least=1.0, unit="x")
+    loads = [share(item) for item in measured if item.case.op == "adapter load"]
+    report.target("adapter load, share of the host link", min(loads, default=None), at_least=80, unit=" %")
