@@ -43,6 +43,7 @@ class RunResult:
 
     `sampled` and `logprobs` are by sequence, `steps` by job (a report, or the error that ends the job),
     `failed` names sequences whose logits were not finite. `elapsed_s` is the iteration's time on the device.
+    `num_slices` and `num_optimizer_steps` of the plan's were issued, from the first on.
     """
 
     sampled: dict[str, int] = field(default_factory=dict)
@@ -50,6 +51,8 @@ class RunResult:
     failed: dict[str, str] = field(default_factory=dict)
     steps: dict[str, StepReport | JobError] = field(default_factory=dict)
     elapsed_s: float = 0.0
+    num_slices: int = 0
+    num_optimizer_steps: int = 0
 
 
 @dataclass(slots=True)
@@ -80,6 +83,10 @@ class StepHandle:
         if self._result is None:
             self._result = self._collect()
         return self._result
+
+
+def _is_never_interrupted() -> bool:
+    return False
 
 
 class Runner:
@@ -144,21 +151,30 @@ class Runner:
     # ------------------------------------------------------------ one iteration
 
     @torch.no_grad()
-    def submit(self, plan: StepPlan, jobs: Mapping[str, FinetuneJob]) -> StepHandle:
-        """Issue one iteration. The plan's adapter loads and evictions have been carried out already."""
+    def submit(
+        self,
+        plan: StepPlan,
+        jobs: Mapping[str, FinetuneJob],
+        is_interrupted: Callable[[], bool] = _is_never_interrupted,
+    ) -> StepHandle:
+        """Issue one iteration. The plan's adapter loads and evictions have been carried out already.
+
+        Args:
+            plan: what runs.
+            jobs: those alive, by id.
+            is_interrupted: asked between the backward calls and before each optimizer step. Once it says yes,
+                what is left of both is not issued; one of them is issued in any case.
+        """
         clock = DeviceClock(self._decoder.device)
         self._give_up(plan.memory)
-        stepping = {job_id: jobs[job_id] for job_id in plan.optimizer_steps if job_id in jobs}
         sampling, prompts = self._forward(plan) if plan.forward else (None, [])
-        for item, windows in _fuse_slices(plan.backward, _MAX_FUSED_TOKENS // self._window_tokens):
-            self._run_backward(item, windows, jobs)
-        for job in stepping.values():
-            job.issue_update()
+        num_slices, num_steps = self._train(plan, jobs, is_interrupted)
+        stepping = {job_id: jobs[job_id] for job_id in plan.optimizer_steps[:num_steps] if job_id in jobs}
         clock.stop()
 
         def collect() -> RunResult:
             clock.wait()
-            result = RunResult()
+            result = RunResult(num_slices=num_slices, num_optimizer_steps=num_steps)
             for sequence, logprobs in prompts:
                 sequence.prompt_logprobs += logprobs.entries()
             if sampling is not None:
@@ -349,6 +365,23 @@ class Runner:
             result.logprobs = {name: entry for name, entry in entries if name in result.sampled}
 
     # ------------------------------------------------------------ backward
+
+    def _train(
+        self, plan: StepPlan, jobs: Mapping[str, FinetuneJob], is_interrupted: Callable[[], bool]
+    ) -> tuple[int, int]:
+        """Backward slices, then optimizer steps, up to an interruption; returns how many of each."""
+        num_slices = 0
+        for item, windows in _fuse_slices(plan.backward, _MAX_FUSED_TOKENS // self._window_tokens):
+            if num_slices and is_interrupted():
+                return num_slices, 0
+            self._run_backward(item, windows, jobs)
+            num_slices += len(windows)
+        for num_steps, job_id in enumerate(plan.optimizer_steps):
+            if (num_slices or num_steps) and is_interrupted():
+                return num_slices, num_steps
+            if job_id in jobs:
+                jobs[job_id].issue_update()
+        return num_slices, len(plan.optimizer_steps)
 
     def _run_backward(self, item: BackwardSlice, windows: range, jobs: Mapping[str, FinetuneJob]) -> None:
         placements: Sequence[PackPlacement] = [

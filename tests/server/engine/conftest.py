@@ -192,9 +192,9 @@ class Harness:
         self.deltas: dict[str, list[ChoiceDelta]] = defaultdict(list)
         submit = self.runner.submit
 
-        def record(plan: StepPlan, jobs: Any) -> Any:
+        def record(plan: StepPlan, jobs: Any, *more: Any) -> Any:
             self.plans.append(plan)
-            return submit(plan, jobs)
+            return submit(plan, jobs, *more)
 
         self.runner.submit = record  # type: ignore[method-assign]
 

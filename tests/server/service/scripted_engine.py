@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -53,7 +54,7 @@ class ScriptedEngine:
         elif isinstance(message, protocol.Abort):
             self.requests.pop(message.request_id, None)
 
-    def step(self) -> list[protocol.FromEngine]:
+    def step(self, has_arrivals: Callable[[], bool]) -> list[protocol.FromEngine]:
         self.ran = self.has_work
         if not self.ran:
             return []
