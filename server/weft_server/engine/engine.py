@@ -247,9 +247,7 @@ class Engine:
         for request_id, reason in result.failed.items():
             self._scheduler.fail(request_id)
             self._fail(request_id, 500, "non_finite_logits", reason)
-        ran = StepResult(
-            result.sampled, result.elapsed_s, result.num_slices, result.num_optimizer_steps
-        )
+        ran = StepResult(result.sampled, result.elapsed_s, result.num_slices, result.num_optimizer_steps)
         outcomes = self._scheduler.commit(item.plan, ran, now)
         self._count(item.plan, result)
         deltas: list[ChoiceDelta] = []

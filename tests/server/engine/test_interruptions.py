@@ -20,7 +20,7 @@ def _trained(h, make, **job):
     return h
 
 
-def _count_backward_calls(h, during=lambda number: None):
+def _count_backward_calls(h, during=lambda _: None):
     """The numbers of backward calls, as they are made; `during` is told each."""
     calls, run_slice = [], h.runner._backward.run_slice
 
@@ -62,9 +62,7 @@ def test_interrupted_finetuning_beside_requests_changes_neither(harness, make, o
     for i in range(4):
         assert h.tokens(f"r{i}") == oracle.greedy(make.prompt(9 + i, i), 30)
     assert h.losses("job") == pytest.approx(whole.losses("job"), abs=1e-4)
-    torch.testing.assert_close(
-        h.trained("job").weights, whole.trained("job").weights, rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(h.trained("job").weights, whole.trained("job").weights, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("call", [1, 2])
