@@ -16,32 +16,42 @@ GROUPS = (
 )
 
 
+_SCRATCH = "a few ranks wide, from L2, straight into the layout that the tensor cores want"
+NARROW_LOADS = {
+    "weight_grad_kernel": {
+        "total = tl.load(rows + columns": _SCRATCH,
+        "total += tl.load(rows + split": _SCRATCH,
+    }
+}
+
+
 def launch(every: bool) -> None:
-    """A decode batch of rank 16; with `every`, all tiles of ranks and rows, with and without dropout."""
-    _launch(rank=16, num_rows=8, dropped=False)
+    """Decode batches of rank 16; with `every`, all tiles of ranks and rows, with and without dropout."""
+    _launch(rank=16, num_rows=1, num_slots=32)
     if every:
         for rank, num_rows, dropped in itertools.product((16, 32, 64, 256), (16, 32, 500), (False, True)):
-            _launch(rank, num_rows, dropped)
+            _launch(rank, num_rows, dropped=dropped)
 
 
-def _launch(rank: int, num_rows: int, dropped: bool) -> None:
+def _launch(rank: int, num_rows: int, *, num_slots: int = 1, dropped: bool = False) -> None:
+    """Batches of `num_slots` adapters of this rank with `num_rows` rows each."""
     entries, offset = [], 0
     for modules, width, outs in GROUPS:
         for module, out in zip(modules, outs, strict=True):
             entries.append(LoraEntry(0, module, rank, width, out, offset, offset + rank * width, 2.0))
             offset += rank * (width + out)
-    table = LoraTable(torch.empty(offset, dtype=torch.bfloat16, device="meta"), 2, 2, 7)
-    table.set_slot(0, 0, entries)
-    batch = LoraBatch.build([(0, 0, num_rows)], "meta")
+    table = LoraTable(torch.empty(offset, dtype=torch.bfloat16, device="meta"), num_slots, 1, 7)
+    for slot in range(num_slots):
+        table.set_slot(slot, 0, entries)
+    batch = LoraBatch.build([(slot, slot * num_rows, num_rows) for slot in range(num_slots)], "meta")
     assert batch is not None
-    dropout = None
+    dropout, total = None, batch.num_rows
     if dropped:
-        dropout = LoraDropout(
-            torch.empty(num_rows, device="meta"), torch.empty(num_rows, dtype=torch.int64, device="meta")
-        )
+        keys = torch.empty(total, dtype=torch.int64, device="meta")
+        dropout = LoraDropout(torch.empty(total, device="meta"), keys)
     for modules, width, outs in GROUPS:
-        x = torch.empty(num_rows, width, dtype=torch.bfloat16, device="meta")
-        y = torch.empty(num_rows, sum(outs), dtype=torch.bfloat16, device="meta")
+        x = torch.empty(total, width, dtype=torch.bfloat16, device="meta")
+        y = torch.empty(total, sum(outs), dtype=torch.bfloat16, device="meta")
         fused.lora_forward(x, y, table, 0, modules, outs, batch, dropout)
         grads = {0: torch.empty(offset, device="meta")}
         fused.lora_backward(x, y, x, grads, table, 0, modules, outs, batch, dropout)
