@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_server.model.decoder import rms_norm_backward
+from weft_kernels.norm import rms_norm_backward
 
 
 @dataclass(frozen=True, slots=True)
