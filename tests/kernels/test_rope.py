@@ -98,9 +98,9 @@ def test_what_does_not_fit_is_refused() -> None:
         write_rotated(torch.zeros(2, 30), rotation, None, slots)
     with pytest.raises(ValueError, match="leaves no query heads"):
         write_rotated(torch.zeros(2, 16), rotation, None, slots)
-    with pytest.raises(ValueError, match="does not fit 3 rows"):
+    with pytest.raises(ValueError, match="is not of 3 rows"):
         write_rotated(torch.zeros(3, 24), rotation, None, slots)
-    with pytest.raises(ValueError, match="cannot take rows of torch.float16"):
+    with pytest.raises(ValueError, match="cannot take rows"):
         write_rotated(torch.zeros(2, 24).half(), rotation, None, slots)
 
 

@@ -51,7 +51,7 @@ def tile_config(rows: int, max_rank: int, itemsize: int, *, dropped: bool) -> Ti
         rows,
         shrink=(ranks, narrow),
         expand=(ranks if rows == 16 else min(ranks, 32), 2 * columns if is_decode else narrow),
-        grad=(ranks, columns // 2 if ranks == 64 else narrow),
+        grad=(min(ranks, 32), narrow),
         splits=_SPLITS[rows],
         num_warps=8 if rows >= 64 or (rows >= 32 and dropped) else 4,
         num_stages=4 if is_decode else 2,

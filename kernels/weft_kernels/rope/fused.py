@@ -65,7 +65,6 @@ def _rotate(
     num_kv_heads: int,
     cache: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """Without a cache the programs of keys and values are not launched."""
     num_rows, head_dim = qkv.shape[0], rotation.cos.shape[-1]
     q = torch.empty((num_rows, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     heads = _heads_per_program(num_heads, num_kv_heads)
@@ -75,6 +74,7 @@ def _rotate(
         *((q, q, qkv) if cache is None else cache),
         *(num_heads, num_kv_heads),
         HAS_NORM=norms is not None,
+        WRITES=cache is not None,
         HEADS=heads,
         HALF=head_dim // 2,
         BLOCK=triton.next_power_of_2(head_dim // 2),

@@ -66,11 +66,15 @@ def rotate_kernel(
     num_heads,
     num_kv_heads,
     HAS_NORM: tl.constexpr,
+    WRITES: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Norm and rotate query and key heads; queries go to `q`, keys and values to their slots of the cache."""
+    """Norm and rotate query and key heads; queries go to `q`, keys and values to their slots of the cache.
+
+    Without WRITES there is no cache, and programs of query heads alone are launched.
+    """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS
     width = (num_heads + 2 * num_kv_heads) * (2 * HALF)
@@ -87,10 +91,10 @@ def rotate_kernel(
         out_b = b * c + a * s
         if head < num_heads:
             _store(q + (row * num_heads + head) * (2 * HALF), out_a, out_b, HEADS, HALF, BLOCK)
-        else:
+        elif WRITES:
             at = (tl.load(slots + row) * num_kv_heads + head - num_heads) * (2 * HALF)
             _store(k_cache + at, out_a, out_b, HEADS, HALF, BLOCK)
-    else:
+    elif WRITES:
         at = (tl.load(slots + row) * num_kv_heads + head - num_heads - num_kv_heads) * (2 * HALF)
         _store(v_cache + at, a, b, HEADS, HALF, BLOCK)
 
