@@ -17,9 +17,11 @@ from weft_kernels.cross_entropy.reference import CrossEntropy
 
 __all__ = ["CrossEntropy", "linear_cross_entropy"]
 
+_CHUNK_LOGITS = 1 << 24
+
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, *, chunk_columns: int = 8192
+    x: Tensor, weight: Tensor, labels: Tensor, *, chunk_columns: int | None = None
 ) -> CrossEntropy:
     """Loss of each row, whether its label is the most likely token, and the gradient of the losses' SUM.
 
@@ -27,7 +29,8 @@ def linear_cross_entropy(
         x: rows `[T, K]`.
         weight: head `[V, K]`, in the dtype of `x`.
         labels: `[T]` int64 in `[0, V)`.
-        chunk_columns: tokens of the vocabulary whose logits are held at a time.
+        chunk_columns: tokens of the vocabulary whose logits are held at a time; by default as many as make
+            16 Mi logits.
 
     Sums are fp32 (fp64 for fp64 inputs). Of equal logits the first is the most likely.
 
@@ -42,6 +45,8 @@ def linear_cross_entropy(
         raise ValueError(f"cannot mix rows of {x.dtype}, a head of {weight.dtype}, labels of {labels.dtype}")
     if not x.device == weight.device == labels.device:
         raise ValueError(f"on different devices: {x.device}, {weight.device}, {labels.device}")
+    if chunk_columns is None:
+        chunk_columns = max(_CHUNK_LOGITS // max(len(x), 1), 1024)
     if chunk_columns < 1:
         raise ValueError(f"chunk_columns must be positive, got {chunk_columns}")
     if x.is_cuda and x.dtype != torch.float64:

@@ -18,7 +18,9 @@ _BLOCK = 2048
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, chunk_columns: int) -> CrossEntropy:
     """Loss, hit and gradient of every row."""
     num_rows, device = x.shape[0], x.device
-    best, total, label_logit, rescale = torch.empty((4, num_rows), dtype=torch.float32, device=device)
+    # A multiple of 16 bytes apart: Triton compiles anew for pointers of another alignment.
+    state = torch.empty((4, -(-num_rows // 4) * 4), dtype=torch.float32, device=device)
+    best, total, label_logit, rescale = state[:, :num_rows]
     best_idx = torch.empty((num_rows,), dtype=torch.int64, device=device)
     d_x = torch.zeros(x.shape, dtype=torch.float32, device=device)
     for start in range(0, len(weight), chunk_columns):

@@ -130,7 +130,7 @@ class _Call:
 
     @property
     def rank_stride(self) -> int:
-        return triton.next_power_of_2(max(16, self.max_rank))
+        return int(triton.next_power_of_2(max(16, self.max_rank)))
 
     def config(self, *, dropped: bool) -> TileConfig:
         return tile_config(self.batch.tile_rows, self.max_rank, self.dtype.itemsize, dropped=dropped)

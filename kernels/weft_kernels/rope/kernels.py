@@ -36,13 +36,16 @@ def _store(heads, a, b, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _angles(cos, sin, row, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _row(values, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """HALF values, float32, to broadcast over heads: `[1, BLOCK]`."""
     c = tl.arange(0, BLOCK)
-    at = row * (2 * HALF) + c
-    return (
-        tl.load(cos + at, mask=c < HALF, other=0.0).to(tl.float32)[None, :],
-        tl.load(sin + at, mask=c < HALF, other=0.0).to(tl.float32)[None, :],
-    )
+    return tl.load(values + c, mask=c < HALF, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _angles(cos, sin, row, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    at = row * (2 * HALF)
+    return _row(cos + at, HALF, BLOCK), _row(sin + at, HALF, BLOCK)
 
 
 @triton.jit
@@ -82,7 +85,8 @@ def rotate_kernel(
     if head < num_heads + num_kv_heads:
         if HAS_NORM:
             weight = q_norm if head < num_heads else k_norm
-            w_a, w_b = _load(weight, 1, HALF, BLOCK)
+            w_a = _row(weight, HALF, BLOCK)
+            w_b = _row(weight + HALF, HALF, BLOCK)
             inverse = _inverse(a, b, eps, HALF)
             a = a * inverse * w_a
             b = b * inverse * w_b
@@ -135,7 +139,8 @@ def rotate_backward_kernel(
         d_b = b * c - a * s
         if HAS_NORM:
             weight = q_norm if head < num_heads else k_norm
-            w_a, w_b = _load(weight, 1, HALF, BLOCK)
+            w_a = _row(weight, HALF, BLOCK)
+            w_b = _row(weight + HALF, HALF, BLOCK)
             x_a, x_b = _load(qkv + at, HEADS, HALF, BLOCK)
             inverse = _inverse(x_a, x_b, eps, HALF)
             x_a *= inverse

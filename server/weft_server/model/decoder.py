@@ -106,7 +106,7 @@ class Decoder:
         x = self._norm(hidden, weights.input_norm)
         qkv = self._linear(weights.qkv, x, table, layer, QKV, self._qkv_widths, batch)
         slots = KvSlots(cache.keys[layer], cache.values[layer], batch.slot_mapping)
-        q = write_rotated(qkv, rotation, self._head_norms(weights), slots)
+        q = write_rotated(qkv, rotation, self.head_norms(weights), slots)
         context = self._attend(layer, q, batch, cache)
         mid = self._linear(weights.o, context, table, layer, O, (self.config.hidden_size,), batch)
         x = add_rms_norm(mid, hidden, weights.post_attention_norm, self.config.rms_norm_eps)
@@ -160,7 +160,7 @@ class Decoder:
             )
         d_q = self._backward_attention(d_context.view_as(acts.q), vjps, batch, chunk_keys)
         d_k, d_v = _complete_rows(chunk_keys)
-        d_qkv = rotate_backward(acts.qkv, acts.rotation, self._head_norms(weights), d_q, d_k, d_v)
+        d_qkv = rotate_backward(acts.qkv, acts.rotation, self.head_norms(weights), d_q, d_k, d_v)
         d_normed = weights.qkv.input_grad(d_qkv)
         if batch.lora is not None:
             lora_backward(
@@ -184,7 +184,7 @@ class Decoder:
         normed = self._norm(hidden, weights.input_norm)
         qkv = self._linear(weights.qkv, normed, table, layer, QKV, self._qkv_widths, batch)
         rotation = self.rotation(batch)
-        q = rotate_queries(qkv, rotation, self._head_norms(weights), self.config.num_kv_heads)
+        q = rotate_queries(qkv, rotation, self.head_norms(weights), self.config.num_kv_heads)
         return _Activations(normed, qkv, q, rotation)
 
     def _backward_mlp(
@@ -260,7 +260,8 @@ class Decoder:
             lora_forward(x, y, table, layer, modules, widths, batch.lora, batch.dropout)
         return y
 
-    def _head_norms(self, weights: LayerWeights) -> HeadNorms | None:
+    def head_norms(self, weights: LayerWeights) -> HeadNorms | None:
+        """The norms of a layer's query and key heads, in families that have them."""
         if weights.q_norm is None or weights.k_norm is None:
             return None
         return HeadNorms(weights.q_norm, weights.k_norm, self.config.rms_norm_eps)

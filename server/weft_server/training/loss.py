@@ -30,7 +30,7 @@ def loss_head(
     lm_head: Tensor,
     *,
     eps: float,
-    chunk_rows: int = 1024,
+    chunk_rows: int = 256,
 ) -> WindowLoss:
     """Final norm, frozen head and cross-entropy of `[T, hidden]` against `labels` `[T]`, with the gradient.
 
