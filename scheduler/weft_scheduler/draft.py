@@ -9,7 +9,8 @@ from collections.abc import Sequence as Sizes
 from dataclasses import dataclass, field
 
 from weft_scheduler.charging import Pieces, split_time
-from weft_scheduler.cost import CostModel, FeatureTally, PlanFeatures
+from weft_scheduler.cost import CostModel
+from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import StepResult
 from weft_scheduler.plan import BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
@@ -72,8 +73,8 @@ class PlanDraft:
     forwarded: list[Pack] = field(default_factory=list)
     done: list[Pack] = field(default_factory=list)
     stepped: list[Job] = field(default_factory=list)
-    tally: FeatureTally = field(default_factory=FeatureTally)
-    training_tally: FeatureTally = field(default_factory=FeatureTally)
+    tally: PlanFeatures = field(default_factory=PlanFeatures)
+    training_tally: PlanFeatures = field(default_factory=PlanFeatures)
     inference: Pieces = field(default_factory=Pieces)
     training: Pieces = field(default_factory=Pieces)
     num_decodes: int = 0
@@ -248,7 +249,7 @@ class PlanDraft:
         )
         return InFlight(
             plan,
-            self.tally.freeze(),
+            self.tally,
             self._charges(plan.predicted_s),
             self.is_flex,
             self.num_decodes,
