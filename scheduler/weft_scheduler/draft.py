@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from weft_scheduler.charging import Pieces, split_time
-from weft_scheduler.cost import CostModel, FeatureTally, PlanFeatures
+from weft_scheduler.cost import CostModel
+from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import StepResult
 from weft_scheduler.plan import BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
@@ -76,8 +77,8 @@ class PlanDraft:
     forwarded: list[Pack] = field(default_factory=list)
     done: list[Pack] = field(default_factory=list)
     stepped: list[Job] = field(default_factory=list)
-    tally: FeatureTally = field(default_factory=FeatureTally)
-    training_tally: FeatureTally = field(default_factory=FeatureTally)
+    tally: PlanFeatures = field(default_factory=PlanFeatures)
+    training_tally: PlanFeatures = field(default_factory=PlanFeatures)
     inference: Pieces = field(default_factory=Pieces)
     training: Pieces = field(default_factory=Pieces)
     adapters: Pieces = field(default_factory=Pieces)
@@ -261,7 +262,7 @@ class PlanDraft:
         )
         return InFlight(
             plan,
-            self.tally.freeze(),
+            self.tally,
             self._charges(plan.predicted_s),
             self.is_flex,
             self.num_decodes,

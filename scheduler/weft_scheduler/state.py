@@ -13,11 +13,12 @@ from heapq import nlargest
 from itertools import pairwise
 
 from weft_scheduler.blocks import BlockAllocator
-from weft_scheduler.cost import CostModel, PlanFeatures
+from weft_scheduler.cost import CostModel
 from weft_scheduler.deadlines import Deadlines
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.drain import ServiceMeter, TenantQueue
 from weft_scheduler.fairness import FairQueue
+from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.prefix import PrefixChain, PrefixIndex
 from weft_scheduler.requests import Sequence, SequenceStatus, running_key
