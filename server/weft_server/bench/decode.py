@@ -18,7 +18,7 @@ from weft_server.bench.harness import BenchEngine, random_tokens
 from weft_server.bench.peers import PEER, PeerModel, add_adapters, build_peer, why_absent
 from weft_server.bench.report import Report
 from weft_server.bench.rivals import Threads, race, take_turns
-from weft_server.bench.settings import Setting, add_ceilings, read_setting
+from weft_server.bench.settings import Setting, add_ceilings, measure_ceilings, read_setting
 from weft_server.bench.stats import Timings, median_ratio
 from weft_server.cache.kv import KvCache
 from weft_server.model.weights import DecoderWeights
@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         references = [engine.store(adapter) for adapter in adapters]
         threads = Threads(report, setting)
-        ceilings = add_ceilings(report, setting)
+        ceilings = measure_ceilings(setting)
+        add_ceilings(report, ceilings)
         measure_mixed(report, setting, threads, engine, adapters, references, sizes)
         measure_adapter_cost(report, setting, threads, engine, adapters, references, sizes, ceilings)
         measure_single_stream(report, setting, threads, engine, weights, sizes, ceilings)

@@ -176,9 +176,7 @@ def measure_steps(report: Report, setting: Setting, weft: WeftTrainer, subject: 
     add_targets(report, setting, trainers, timings)
 
 
-def add_targets(
-    report: Report, setting: Setting, trainers: Sequence[PeerTrainer], timings: Timings
-) -> None:
+def add_targets(report: Report, setting: Setting, trainers: Sequence[PeerTrainer], timings: Timings) -> None:
     """Against the fastest configuration of each kind."""
 
     def worst(kind: Callable[[PeerTrainer], bool]) -> float | None:
