@@ -24,7 +24,7 @@ from weft_server.protocol import Heartbeat
 
 SNAKE_CASE = re.compile(r"[a-z]+(_[a-z]+)+")
 # Printed by a program that ends, with its exit code; no response or job carries them.
-START_UP_CODES = {"bad_configuration", "bad_model", "bench_failed", "cannot_serve", "engine_start_failed"}
+START_UP_CODES = {"bad_configuration", "bad_model", "cannot_serve", "engine_start_failed", "bench_failed"}
 # Calls whose arguments hold a code by position.
 TAKES_CODE = {"JobError", "JobFailed", "RequestFailed", "CheckFailed", "_fail", "_refused"}
 
