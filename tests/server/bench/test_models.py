@@ -9,13 +9,20 @@ import pytest
 import torch
 import transformers
 
+from weft_kernels.lora import LoraTable
+from weft_scheduler.plan import Segment, SegmentKind
 from weft_server.bench.checkpoint import write_checkpoint
 from weft_server.bench.models import RandomModel
 from weft_server.bench.peers import adapter_name, add_adapters, build_peer, peer_gradients, why_absent
 from weft_server.bench.shapes import SHAPES, Shape, read_shape
+from weft_server.cache.kv import KvCache
+from weft_server.engine.batch import build_batch
+from weft_server.engine.sequence import Sequence
 from weft_server.errors import ConfigError
+from weft_server.model.decoder import Decoder
 from weft_server.model.loading import load_weights
 from weft_server.model.rope import inverse_frequencies
+from weft_server.protocol import SamplingParams
 
 CPU = torch.device("cpu")
 
@@ -37,17 +44,48 @@ def test_names_and_shapes_are_those_of_transformers(name: str, changes: dict[str
     model = family(name, **changes)
     peer = build_peer(model, "none")
     parameters = dict(peer.named_parameters())
-    assert set(model.names()) == parameters.keys()
-    for key in model.names():
-        torch.testing.assert_close(parameters[key], model.tensor(key), rtol=0, atol=0)
+    tensors = model.tensors()
+    assert tensors.keys() == parameters.keys()
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(parameters[key], tensor, rtol=0, atol=0)
 
 
-def test_a_tensor_is_drawn_by_name_and_seed() -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_weft_and_transformers_give_the_same_logits(name: str) -> None:
+    model = family(name)
+    peer, decoder = build_peer(model, "none"), Decoder(model.weft_weights("none"), max_positions=16)
+    ids = torch.randint(0, 512, (1, 9), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(whole_sequence_logits(decoder, ids[0]), peer(ids).logits[0], rtol=0, atol=1e-4)
+
+
+def whole_sequence_logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """Of one sequence without an adapter, in one chunk."""
+    config = decoder.config
+    cache = KvCache(
+        num_layers=config.num_layers,
+        num_blocks=1,
+        block_size=16,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    segment = Segment("0", SegmentKind.PREFILL, 0, len(ids), None, (0,))
+    sequences = {"0": Sequence("0", ids.tolist(), SamplingParams(max_tokens=1), 0)}
+    batch = build_batch([segment], sequences, {}, block_size=16, max_gathered_keys=64, device=CPU)
+    table = LoraTable(torch.zeros(64), 1, config.num_layers, 7)
+    hidden, rotation = decoder.embed(ids), decoder.rotation(batch.tokens)
+    for layer in range(config.num_layers):
+        hidden = decoder.forward_layer(layer, hidden, batch.tokens, cache, table, rotation)
+    return decoder.logits(hidden)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
     model, other = random_model(), RandomModel(random_model().shape, dtype=torch.float32, device=CPU, seed=2)
-    q, k = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
-    assert torch.equal(model.tensor(q), model.tensor(q))
-    assert not torch.equal(model.tensor(q), model.tensor(k))
-    assert not torch.equal(model.tensor(q), other.tensor(q))
+    q = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(model.tensors()[q], model.tensors()[q])
+    assert not torch.equal(model.tensors()[q], other.tensors()[q])
 
 
 def test_a_checkpoint_holds_the_same_model(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def _norm_backward(subject: Subject, num_rows: int) -> OpCase:
         subject.randn(num_rows, config.hidden_size),
         subject.randn(num_rows, config.hidden_size, scale=0.5),
     )
-    weight, eps = subject.model.tensor("model.norm.weight"), config.rms_norm_eps
+    weight, eps = 1.0 + subject.randn(config.hidden_size, scale=0.1), config.rms_norm_eps
 
     def defined(dtype: torch.dtype) -> Tensor:
         leaf = x.detach().to(dtype).requires_grad_()
@@ -108,7 +108,8 @@ def _cache_write(subject: Subject, num_rows: int) -> OpCase:
 def _loss_head(subject: Subject, num_rows: int) -> OpCase:
     config = subject.model.config
     hidden = subject.randn(num_rows, config.hidden_size)
-    norm, head = subject.model.tensor("model.norm.weight"), subject.model.tensor("lm_head.weight")
+    norm = 1.0 + subject.randn(config.hidden_size, scale=0.1)
+    head = subject.randn(config.vocab_size, config.hidden_size, scale=0.02)
     labels = torch.arange(num_rows, device=subject.device) % config.vocab_size
     rows = torch.arange(num_rows, device=subject.device)
     eps = config.rms_norm_eps
