@@ -74,10 +74,10 @@ class BudgetController:
     `decode_budget_s` starts at 0.9 of the target, or at the part of the time to the first token that an
     arrival can spend on each iteration before its own, if that is less; it is never above that. After every
     64 iterations with decodes that were filled up to it, or late, their percentile is compared with the
-    target: above it the budget is cut in proportion (by 0.3 at most), below it the budget grows in proportion
-    (by 5 % at most), within 0.1 and 1.5 of the target. Iterations that did not need the budget do not count, or it
-    would grow while nothing is there to fill it. A fresh window each time, so that old iterations are not
-    punished twice.
+    target: above it the budget is cut in proportion (by 0.3 at most), below it the budget grows in
+    proportion (by 5 % at most), within 0.1 and 1.5 of the target. Iterations that did not need the budget
+    do not count, or it would grow while nothing is there to fill it. A fresh window each time, so that old
+    iterations are not punished twice.
 
     `open_budget_s` is how long an arrival may have to wait for the iterations under way, so how long
     finetuning may make them, with decodes or without. It follows the times to the first token in the same

@@ -20,7 +20,8 @@ def cases(subject: Subject) -> Iterator[OpCase]:
     """One row, a decode batch, a few windows and a mixed batch, forward; the larger ones backward."""
     for quantization in FORMATS:
         # Packed weights stay packed, on a CPU too: their kernels are what is measured.
-        layer = subject.model.weft_weights(quantization, low_memory=True).layers[0]
+        is_packed = quantization != "none"
+        layer = subject.model.weft_weights(quantization, low_memory=is_packed).layers[0]
         for name, linear in (
             ("qkv", layer.qkv),
             ("o", layer.o),
