@@ -72,7 +72,7 @@ def _rope(subject: Subject, num_rows: int) -> OpCase:
     def defined() -> tuple[Tensor, Tensor, Tensor]:
         """As complex numbers: each pair (i, i + D/2) turned by its angle."""
         heads = qkv.view(num_rows, -1, head_dim)
-        q, k, v = torch.split(heads, (num_heads, num_kv_heads, num_kv_heads), dim=1)
+        q, k, v = torch.split_with_sizes(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
         half = head_dim // 2
         angle = torch.complex(rotation.cos[..., :half].float(), rotation.sin[..., :half].float())
         turned = [torch.complex(x[..., :half].float(), x[..., half:].float()) * angle for x in (q, k)]
