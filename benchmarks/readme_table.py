@@ -2,8 +2,8 @@
 
     python benchmarks/readme_table.py [--check]
 
-Every comparison and every target of every report becomes a row, those that Weft loses or misses included. Reports
-are the JSON files that `weft bench` writes; other files in the folder are left alone. Needs Python alone.
+Every comparison and every target of every report becomes a row, those that Weft loses or misses included.
+Reports are the JSON files that `weft bench` writes; other files there are left alone. Needs Python alone.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _sources(reports: Sequence[dict[str, Any]]) -> str:
         device = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {machine['cores']} cores"
         lines.append(
             f"- [`{report['name']}`](benchmarks/results/{report['name']}.md): {device}; "
-            f"torch {report['versions'].get('torch', '?')}; commit `{report['commit']}`; `{report['command']}`"
+            f"torch {report['versions']['torch']}; commit `{report['commit']}`; `{report['command']}`"
         )
     return "\n".join(lines)
 
@@ -113,7 +113,8 @@ def _subject(report: dict[str, Any]) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
-    lines = [columns, ["---"] * len(columns), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    lines = [columns, ["---"] * len(columns), *escaped]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -1,8 +1,9 @@
 """The pure scheduler: decides what every iteration runs, from integers and clocks alone."""
 
 from weft_scheduler.budget import BudgetController, LatencyTargets
-from weft_scheduler.cost import CostModel, PlanFeatures
+from weft_scheduler.cost import CostModel
 from weft_scheduler.drain import TenantQueue
+from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import (

@@ -71,15 +71,17 @@ class LatencyTargets:
 class BudgetController:
     """Closed loop over the iterations that carry decodes, and over the first tokens of requests.
 
-    `decode_budget_s` starts at 0.9 of the target. After every 64 iterations with decodes that were filled up
-    to it, or late, their percentile is compared with the target: above it the budget is cut in proportion (by
-    0.3 at most), below it the budget grows in proportion (by 5 % at most), within 0.1 and 1.5 of the target.
-    Iterations that did not need the budget do not count, or it would grow while nothing is there to fill it.
-    A fresh window each time, so that old iterations are not punished twice.
+    `decode_budget_s` starts at 0.9 of the target, or at the part of the time to the first token that an
+    arrival can spend on each iteration before its own, if that is less; it is never above that. After every
+    64 iterations with decodes that were filled up to it, or late, their percentile is compared with the
+    target: above it the budget is cut in proportion (by 0.3 at most), below it the budget grows in
+    proportion (by 5 % at most), within 0.1 and 1.5 of the target. Iterations that did not need the budget
+    do not count, or it would grow while nothing is there to fill it. A fresh window each time, so that old
+    iterations are not punished twice.
 
-    `open_budget_s`, which holds while nothing decodes, is how long an arrival may have to wait for the
-    iterations under way; it follows the times to the first token in the same manner, every 32 of them,
-    between the decode budget and where it started.
+    `open_budget_s` is how long an arrival may have to wait for the iterations under way, so how long
+    finetuning may make them, with decodes or without. It follows the times to the first token in the same
+    manner, every 32 of them, between 0.1 of the target and where it started.
 
     `tpot_s` is the per-token target now: fixed, or following `LatencyTargets.unloaded_factor`.
 
@@ -91,7 +93,9 @@ class BudgetController:
         """Start from the targets; with several plans in flight an arrival waits for all of them."""
         self.targets = targets
         self.tpot_s = targets.tpot_s
-        self.decode_budget_s = targets.tpot_s * SAFETY
+        # An arrival waits for the plans in flight, then for its own prompt.
+        self._longest_s = targets.ttft_s / (max_inflight + 2)
+        self.decode_budget_s = min(targets.tpot_s * SAFETY, self._longest_s)
         self._widest_s = max(min(targets.ttft_s / 4.0, MAX_OPEN_S) / max_inflight, self.decode_budget_s)
         self.open_budget_s = self._widest_s
         self.measured_s: float | None = None
@@ -139,7 +143,7 @@ class BudgetController:
             bar_s = max(bar_s, self._percentile(self._times_alone))
         ratio = bar_s / max(self.measured_s, 1e-9)
         budget_s = self.decode_budget_s * min(max(ratio, _FASTEST_CUT), _FASTEST_GROWTH)
-        self.decode_budget_s = min(max(budget_s, self.tpot_s * _LOWEST), bar_s * _HIGHEST)
+        self.decode_budget_s = min(max(budget_s, self.tpot_s * _LOWEST), bar_s * _HIGHEST, self._longest_s)
         self._times.clear()
         self._times_alone.clear()
 
@@ -152,7 +156,7 @@ class BudgetController:
         self._first_tokens.clear()
         ratio = self.targets.ttft_s / max(self.measured_ttft_s, 1e-9)
         budget_s = self.open_budget_s * min(max(ratio, _FASTEST_CUT), _FASTEST_GROWTH)
-        self.open_budget_s = max(min(budget_s, self._widest_s), self.decode_budget_s)
+        self.open_budget_s = max(min(budget_s, self._widest_s), self.tpot_s * _LOWEST)
 
     def _follow_unloaded(self) -> None:
         """Move a relative target, and the budget with it, to what decodes alone take now."""
@@ -160,7 +164,7 @@ class BudgetController:
         if factor is None or len(self._decodes_alone) < _FEWEST_ALONE:
             return
         moved_s = max(self.targets.tpot_s, factor * median(self._decodes_alone))
-        self.decode_budget_s *= moved_s / self.tpot_s
+        self.decode_budget_s = min(self.decode_budget_s * moved_s / self.tpot_s, self._longest_s)
         self.tpot_s = moved_s
 
     def _percentile(self, times: Sequence[float]) -> float:

@@ -1,9 +1,9 @@
 """What an iteration costs each tenant.
 
 The time of an iteration is split in two steps, neither of which depends on the order in which the plan was
-made. Between inference, finetuning and the reading of adapters, in proportion to the time that each would have
-taken alone; within each, among the tenants in proportion to the sum of their pieces' stand-alone prices. All
-charges add up to the iteration's time.
+made. Between inference, finetuning and the reading of adapters, in proportion to the time that each would
+have taken alone; within each, among the tenants in proportion to the sum of their pieces' stand-alone prices.
+All charges add up to the iteration's time.
 
 Pieces alone would make a decode as dear as streaming all weights, so that thirty of them outweighed a window
 of five hundred finetuning tokens tenfold; batches alone would make a tenant with one decode pay as much as

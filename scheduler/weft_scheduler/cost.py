@@ -4,8 +4,9 @@
 
 The curve is piecewise linear and never falls, so that it shows the memory-bound plateau below which extra
 tokens are nearly free; weights are never negative. Both are one non-negative least-squares problem over
-relative errors: a fixed prior from calibration, plus the iterations seen since, forgotten exponentially.
-Knows numbers alone, no hardware.
+relative errors: a prior from calibration that fades while iterations are seen, and these, forgotten
+exponentially. Once it has faded, the prior decides only what iterations have said nothing of, so that a
+calibration on a busy machine is lived down. Knows numbers alone, no hardware.
 """
 
 from __future__ import annotations
@@ -13,114 +14,30 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import isfinite
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
-
-class Features(Protocol):
-    """Anything that has the fields of `PlanFeatures`."""
-
-    @property
-    def forward_tokens(self) -> int: ...
-    @property
-    def kv_tokens_read(self) -> int: ...
-    @property
-    def attention_products(self) -> int: ...
-    @property
-    def num_sequences(self) -> int: ...
-    @property
-    def loss_tokens(self) -> int: ...
-    @property
-    def backward_token_layers(self) -> int: ...
-    @property
-    def num_backward_slices(self) -> int: ...
-    @property
-    def num_adapters(self) -> int: ...
-    @property
-    def optimizer_steps(self) -> int: ...
-    @property
-    def adapter_elements(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PlanFeatures:
-    """What the time of an iteration depends on.
-
-    `kv_tokens_read` sums the context of every segment, `attention_products` tokens · context of the segments
-    longer than one token; `num_sequences` counts segments that sample, `loss_tokens` rows of the loss head,
-    `backward_token_layers` tokens times layers of all backward slices, `num_adapters` distinct adapters and
-    `adapter_elements` their elements (so ranks count).
-    """
-
-    forward_tokens: int = 0
-    kv_tokens_read: int = 0
-    attention_products: int = 0
-    num_sequences: int = 0
-    loss_tokens: int = 0
-    backward_token_layers: int = 0
-    num_backward_slices: int = 0
-    num_adapters: int = 0
-    optimizer_steps: int = 0
-    adapter_elements: int = 0
-
-
-@dataclass(slots=True)
-class FeatureTally:
-    """`PlanFeatures` being added up while a plan is made."""
-
-    forward_tokens: int = 0
-    kv_tokens_read: int = 0
-    attention_products: int = 0
-    num_sequences: int = 0
-    loss_tokens: int = 0
-    backward_token_layers: int = 0
-    num_backward_slices: int = 0
-    num_adapters: int = 0
-    optimizer_steps: int = 0
-    adapter_elements: int = 0
-
-    def freeze(self) -> PlanFeatures:
-        """The sums so far."""
-        return PlanFeatures(*_values(self))
-
-    def without(self, other: Features) -> PlanFeatures:
-        """The sums less those of a part."""
-        return PlanFeatures(*(own - part for own, part in zip(_values(self), _values(other), strict=True)))
-
-
-def _values(x: Features) -> tuple[int, ...]:
-    return (
-        x.forward_tokens,
-        x.kv_tokens_read,
-        x.attention_products,
-        x.num_sequences,
-        x.loss_tokens,
-        x.backward_token_layers,
-        x.num_backward_slices,
-        x.num_adapters,
-        x.optimizer_steps,
-        x.adapter_elements,
-    )
-
+from weft_scheduler.features import LINEAR_NAMES, PlanFeatures
+from weft_scheduler.least_squares import NormalEquations
+from weft_scheduler.outliers import OutlierGuard
 
 KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Forward tokens at which the curve bends; beyond the last one it goes on at the last slope."""
 
-_LINEAR_NAMES = tuple(field.name for field in fields(PlanFeatures))[1:]
-_NUM_LINEAR = len(_LINEAR_NAMES)
-_SIZE = len(KNOTS) + _NUM_LINEAR
+_SIZE = len(KNOTS) + len(LINEAR_NAMES)
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
 _NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12)
 _PRIOR_OBSERVATIONS = 32.0
 _NOMINAL_SHARE = 1e-3
-_FORGETTING = 0.998
+_PRIOR_FADING = 0.97
+_LEAST_PRIOR = 1.0 / 300.0
+_FORGETTING = 0.995
 _REFIT_INTERVAL = 16
 _ERROR_WINDOW = 256
-_RATIO_WINDOW = 32
-_LEAST_REACH = 1.5
+_SPEED_WINDOW = 32
+_NUM_SWEEPS = 8
 _LEAST_WEIGHT = 1e-15
 _LEAST_S, _MOST_S = 1e-6, 1e4
 
@@ -133,13 +50,14 @@ class CostModel:
     def __init__(self) -> None:
         """Start from the nominal device."""
         self._theta = [*_NOMINAL_CURVE, *_NOMINAL_WEIGHTS]
-        self._prior = _Normal.of_parameters(self._theta)
-        self._online = _Normal()
+        self._prior = NormalEquations.of_parameters(self._theta)
+        self._online = NormalEquations(_SIZE)
         self._gain = 1.0
         self._num_observed = 0
         self._errors: deque[float] = deque(maxlen=_ERROR_WINDOW)
-        self._misses: deque[float] = deque(maxlen=_RATIO_WINDOW)
-        self._speeds: deque[float] = deque(maxlen=_RATIO_WINDOW)
+        self._speeds: deque[float] = deque(maxlen=_SPEED_WINDOW)
+        self._outliers = OutlierGuard()
+        self._prior_weight = 1.0
         self._prior_theta = list(self._theta)
         self._tabulate()
 
@@ -153,7 +71,7 @@ class CostModel:
         """95th percentile of the relative error of the last predictions; 0 before the first observation."""
         return self._error_at(0.95)
 
-    def predict(self, features: Features) -> float:
+    def predict(self, features: PlanFeatures) -> float:
         """Seconds that an iteration with these features takes."""
         f = features
         kv, products, sequences, loss, backward, slices, adapters, steps, elements = self._weights
@@ -188,7 +106,7 @@ class CostModel:
         """Seconds of one adapter in a batch, whatever number of tokens uses it."""
         return self._weights[6] + self._weights[8] * num_elements
 
-    def adapters_s(self, features: Features) -> float:
+    def adapters_s(self, features: PlanFeatures) -> float:
         """Seconds of all adapters of a batch, part of `predict`."""
         return self._weights[6] * features.num_adapters + self._weights[8] * features.adapter_elements
 
@@ -209,17 +127,17 @@ class CostModel:
         nominal = [*_NOMINAL_CURVE, *_NOMINAL_WEIGHTS]
         speed = median(seconds / _dot(nominal, _phi(features)) for features, seconds in samples)
         self._theta = [value * speed for value in nominal]
-        prior = _Normal.of_parameters(self._theta)
+        prior = NormalEquations.of_parameters(self._theta)
         prior.scale(_NOMINAL_SHARE)
         share = _PRIOR_OBSERVATIONS / len(samples)
         for features, seconds in samples:
             prior.add(_phi(features), seconds, share)
         self._prior = prior
-        self._online = _Normal()
-        self._gain = 1.0
+        self._online = NormalEquations(_SIZE)
+        self._gain = self._prior_weight = 1.0
         prior.solve(self._theta, num_sweeps=400)
         self._prior_theta = list(self._theta)
-        for window in (self._errors, self._misses, self._speeds):
+        for window in (self._errors, self._speeds, self._outliers):
             window.clear()
         self._tabulate()
 
@@ -227,7 +145,7 @@ class CostModel:
         """What predictions follow from, as JSON-able values, and how far off the last ones were."""
         return {
             "curve": {str(knot): value for knot, value in zip(KNOTS, self._curve_values, strict=True)},
-            "weights": dict(zip(_LINEAR_NAMES, self._weights, strict=True)),
+            "weights": dict(zip(LINEAR_NAMES, self._weights, strict=True)),
             "error_p50": self.error_p50,
             "error_p95": self.error_p95,
         }
@@ -242,26 +160,26 @@ class CostModel:
         curve, weights = values.get("curve"), values.get("weights")
         if not isinstance(curve, Mapping) or list(curve) != [str(knot) for knot in KNOTS]:
             raise ValueError(f"`curve` must map the forward tokens {', '.join(map(str, KNOTS))} to seconds")
-        if not isinstance(weights, Mapping) or set(weights) != set(_LINEAR_NAMES):
-            raise ValueError(f"`weights` must have exactly {', '.join(_LINEAR_NAMES)}")
+        if not isinstance(weights, Mapping) or set(weights) != set(LINEAR_NAMES):
+            raise ValueError(f"`weights` must have exactly {', '.join(LINEAR_NAMES)}")
         levels = [0.0, *(float(value) for value in curve.values())]
         theta = [high - low for low, high in pairwise(levels)]
-        theta += [float(weights[name]) for name in _LINEAR_NAMES]
+        theta += [float(weights[name]) for name in LINEAR_NAMES]
         if min(theta) < 0.0:
             raise ValueError("`curve` must not fall, and no weight may be negative")
         model = CostModel()
         model._theta = theta
-        model._prior = _Normal.of_parameters([max(value, _LEAST_WEIGHT) for value in theta])
+        model._prior = NormalEquations.of_parameters([max(value, _LEAST_WEIGHT) for value in theta])
         model._prior_theta = list(theta)
         model._tabulate()
         return model
 
-    def observe(self, features: Features, elapsed_s: float) -> None:
+    def observe(self, features: PlanFeatures, elapsed_s: float) -> None:
         """Learn from an iteration that took `elapsed_s`.
 
-        A time further off than is usual is clipped, and weighs no more than its relative error allows: an
-        outlier moves the fit little, while a machine that has really changed is followed. A time that is not
-        positive and finite is not one.
+        A time that others of its kind do not share is clipped (`OutlierGuard`), and weighs no more than its
+        relative error allows: an outlier moves the fit little, while a machine that has changed, or a kind of
+        iteration that is predicted wrongly, is followed. A time that is not positive and finite is not one.
         """
         if not (isfinite(elapsed_s) and elapsed_s > 0.0):
             return
@@ -270,14 +188,13 @@ class CostModel:
         phi = _phi(features)
         if not phi or predicted_s <= 0.0:
             return
-        reach = max(_LEAST_REACH, 2.0 * median(self._misses) - 1.0) if self._misses else _LEAST_REACH
         self._errors.append(abs(predicted_s - elapsed_s) / elapsed_s)
-        self._misses.append(max(predicted_s / elapsed_s, elapsed_s / predicted_s))
         prior_s = _dot(self._prior_theta, phi)
         if prior_s > 0.0:
             self._speeds.append(elapsed_s / prior_s)
-        clipped_s = min(max(elapsed_s, predicted_s / reach), predicted_s * reach)
+        clipped_s = self._outliers.clip(features.kind, predicted_s, elapsed_s)
         self._gain /= _FORGETTING
+        self._prior_weight = max(_LEAST_PRIOR, self._prior_weight * _PRIOR_FADING)
         self._online.add(phi, clipped_s, self._gain * min(1.0, clipped_s / elapsed_s) ** 2)
         self._num_observed += 1
         if self._num_observed % _REFIT_INTERVAL == 0:
@@ -286,8 +203,9 @@ class CostModel:
     def _refit(self) -> None:
         self._online.scale(1.0 / self._gain)
         self._gain = 1.0
-        both = self._online.plus(self._prior.for_speed(median(self._speeds) if self._speeds else 1.0))
-        both.solve(self._theta, num_sweeps=4)
+        speed = median(self._speeds) if self._speeds else 1.0
+        both = self._online.plus(self._prior.for_speed(speed, self._prior_weight))
+        both.solve(self._theta, _NUM_SWEEPS)
         self._tabulate()
 
     def _tabulate(self) -> None:
@@ -318,9 +236,9 @@ class CostModel:
         return errors[min(int(quantile * len(errors)), len(errors) - 1)]
 
 
-def _phi(features: Features) -> dict[int, float]:
+def _phi(features: PlanFeatures) -> dict[int, float]:
     """The features as sparse coefficients of the parameters (curve increments, then weights)."""
-    num_tokens, *linear = _values(features)
+    num_tokens = features.forward_tokens
     phi: dict[int, float] = {}
     if num_tokens > 0:
         phi[0] = 1.0
@@ -331,7 +249,7 @@ def _phi(features: Features) -> dict[int, float]:
                 break
             part = (num_tokens - left) / (right - left)
             phi[idx] = part if idx == last else min(part, 1.0)
-    for idx, value in enumerate(linear, start=len(KNOTS)):
+    for idx, value in enumerate(features.linear, start=len(KNOTS)):
         if value:
             phi[idx] = float(value)
     return phi
@@ -339,55 +257,3 @@ def _phi(features: Features) -> dict[int, float]:
 
 def _dot(theta: Sequence[float], phi: dict[int, float]) -> float:
     return sum(theta[idx] * value for idx, value in phi.items())
-
-
-class _Normal:
-    """Normal equations `A θ = b` of a weighted least-squares problem with relative errors."""
-
-    def __init__(self) -> None:
-        self.a = [[0.0] * _SIZE for _ in range(_SIZE)]
-        self.b = [0.0] * _SIZE
-
-    @classmethod
-    def of_parameters(cls, theta: Sequence[float]) -> _Normal:
-        """A weak pull of every single parameter to its value in `theta`."""
-        normal = cls()
-        for idx, value in enumerate(theta):
-            normal.a[idx][idx] = 1.0 / value**2
-            normal.b[idx] = 1.0 / value
-        return normal
-
-    def add(self, phi: dict[int, float], seconds: float, weight: float) -> None:
-        """Add one observation, weighted by `weight / seconds²`."""
-        weight /= seconds * seconds
-        for i, x in phi.items():
-            row, scaled = self.a[i], weight * x
-            self.b[i] += scaled * seconds
-            for j, y in phi.items():
-                row[j] += scaled * y
-
-    def scale(self, factor: float) -> None:
-        """Multiply every weight by `factor`."""
-        self.a = [[value * factor for value in row] for row in self.a]
-        self.b = [value * factor for value in self.b]
-
-    def for_speed(self, factor: float) -> _Normal:
-        """The problem of a machine on which everything takes `factor` times as long."""
-        slower = _Normal()
-        slower.a = [[value / factor**2 for value in row] for row in self.a]
-        slower.b = [value / factor for value in self.b]
-        return slower
-
-    def plus(self, other: _Normal) -> _Normal:
-        """The sum of two problems."""
-        total = _Normal()
-        total.a = [[x + y for x, y in zip(p, q, strict=True)] for p, q in zip(self.a, other.a, strict=True)]
-        total.b = [x + y for x, y in zip(self.b, other.b, strict=True)]
-        return total
-
-    def solve(self, theta: list[float], num_sweeps: int) -> None:
-        """Improve `theta` in place by cyclic coordinate descent, kept non-negative."""
-        for _ in range(num_sweeps):
-            for idx, row in enumerate(self.a):
-                pull = self.b[idx] - sum(x * y for x, y in zip(row, theta, strict=True))
-                theta[idx] = max(0.0, theta[idx] + pull / row[idx])

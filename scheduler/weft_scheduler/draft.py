@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sizes
 from dataclasses import dataclass, field
+from math import ceil
 from typing import NamedTuple
 
 from weft_scheduler.charging import Pieces, split_time
-from weft_scheduler.cost import CostModel, FeatureTally, PlanFeatures
+from weft_scheduler.cost import CostModel
+from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import StepResult
 from weft_scheduler.plan import BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
 from weft_scheduler.requests import Sequence
 from weft_scheduler.training import Job, Pack, PackStatus, TrainingQueue, Wave
+
+MIN_WINDOW_TOKENS = 16
+"""The least that is forwarded of a pack at a time, but for its end."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,8 +94,8 @@ class PlanDraft:
     freed: dict[Pack, tuple[int, ...]] = field(default_factory=dict)
     stepped: list[Job] = field(default_factory=list)
     step_slots: list[int] = field(default_factory=list)
-    tally: FeatureTally = field(default_factory=FeatureTally)
-    training_tally: FeatureTally = field(default_factory=FeatureTally)
+    tally: PlanFeatures = field(default_factory=PlanFeatures)
+    training_tally: PlanFeatures = field(default_factory=PlanFeatures)
     inference: Pieces = field(default_factory=Pieces)
     training: Pieces = field(default_factory=Pieces)
     adapters: Pieces = field(default_factory=Pieces)
@@ -185,20 +190,19 @@ class PlanDraft:
         return True
 
     def try_add_window(self, training: TrainingQueue, pack: Pack, adapter_slot: int, budget_s: float) -> bool:
-        """The next forward window of a pack, if it fits; advances the pack."""
-        start, num_tokens = training.window_range(pack, pack.next_window)
-        if num_tokens > self.tokens_left:
-            return False
-        with_loss = not pack.has_loss
-        loss_tokens = -(-pack.spec.num_target_tokens * num_tokens // pack.spec.num_tokens) if with_loss else 0
+        """The next forward window of a pack, or as much of it as fits, from `MIN_WINDOW_TOKENS` on; advances
+        the pack.
+        """
+        start, whole = pack.num_forwarded, training.most_forward(pack)
+        loss_share = 0.0 if pack.has_loss else pack.spec.num_target_tokens / pack.spec.num_tokens
         new = self._count_adapters((adapter_slot,))
-        self._count_chunk(start, num_tokens)
-        self.tally.loss_tokens += loss_tokens
-        if self.predicted_s > budget_s:
-            self._count_chunk(start, num_tokens, sign=-1)
-            self.tally.loss_tokens -= loss_tokens
+        num_tokens = self._search_chunk(start, min(whole, self.tokens_left), budget_s, loss_share)
+        if num_tokens < min(whole, MIN_WINDOW_TOKENS):
             self._uncount_adapters(new)
             return False
+        self._count_chunk(start, num_tokens)
+        loss_tokens = ceil(loss_share * num_tokens)
+        self.tally.loss_tokens += loss_tokens
         blocks = pack.block_ids[: self.limits.num_blocks_for(start + num_tokens)]
         self.forward.append(
             Segment(
@@ -208,11 +212,11 @@ class PlanDraft:
                 num_tokens,
                 adapter_slot,
                 blocks,
-                with_loss=with_loss,
+                with_loss=not pack.has_loss,
             )
         )
         pack.last_planned = self.iteration
-        if training.forwarded(pack):
+        if training.forwarded(pack, num_tokens):
             self.forwarded.append(pack)
         self.num_training_units += 1
         end, alone = start + num_tokens, self.training_tally
@@ -300,7 +304,7 @@ class PlanDraft:
         return InFlight(
             plan,
             self,
-            self.tally.freeze(),
+            self.tally,
             self._charges(plan.predicted_s),
             self.is_flex,
             self.num_decodes,
@@ -358,22 +362,25 @@ class PlanDraft:
         self.tally.kv_tokens_read += sign * end
         self.tally.attention_products += sign * num_tokens * end
 
-    def _search_chunk(self, start: int, most: int, budget_s: float) -> int:
-        if self._predict_chunk(start, most) <= budget_s:
+    def _search_chunk(self, start: int, most: int, budget_s: float, loss_share: float = 0.0) -> int:
+        if self._predict_chunk(start, most, loss_share) <= budget_s:
             return most
         fits, too_long = 0, most
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
-            if self._predict_chunk(start, middle) <= budget_s:
+            if self._predict_chunk(start, middle, loss_share) <= budget_s:
                 fits = middle
             else:
                 too_long = middle
         return fits
 
-    def _predict_chunk(self, start: int, num_tokens: int) -> float:
+    def _predict_chunk(self, start: int, num_tokens: int, loss_share: float) -> float:
+        loss_tokens = ceil(loss_share * num_tokens)
         self._count_chunk(start, num_tokens)
+        self.tally.loss_tokens += loss_tokens
         predicted_s = self.predicted_s
         self._count_chunk(start, num_tokens, sign=-1)
+        self.tally.loss_tokens -= loss_tokens
         return predicted_s
 
     def _count_adapters(self, slots: tuple[int, ...]) -> list[int]:

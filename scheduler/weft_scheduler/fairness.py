@@ -4,8 +4,7 @@ Every flow has a tag, the virtual time at which its next piece of work starts; a
 by `price / weight`. The flow with the smallest tag is served. Virtual time follows the smallest tag of the
 backlogged flows, and a flow that returns is lifted to it: idleness is not banked. A backlogged flow that
 cannot be served (its adapter is on its way, nothing has room) banks no more than what another one is served
-while it gets `MAX_CREDIT`.
-It does not know what a price stands for.
+while it gets `MAX_CREDIT`. It does not know what a price stands for.
 
 Source: Goyal, Vin, Cheng: Start-time Fair Queuing (SIGCOMM 1996); Sheng et al.: Fairness in Serving LLMs
 (OSDI 2024).
@@ -17,7 +16,7 @@ from collections.abc import Collection
 from math import isfinite
 
 MAX_CREDIT = 30.0
-"""What a backlogged flow may be ahead of another one, in units of price: beyond it the other banks no more."""
+"""How far a backlogged flow may be ahead of another one, in units of price, before that one banks no more."""
 
 _MAX_REMEMBERED = 4096
 

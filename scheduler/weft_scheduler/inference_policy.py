@@ -30,7 +30,7 @@ _LEAST_LEAD_S = 0.05
 """How far a tenant whose prompt is being computed must be ahead for another one's to begin before it."""
 
 LAYER_PATIENCE_S = 0.5
-"""How long a request waits for a wave to come to the end of its layer within the budgets, to take its blocks."""
+"""How long a request that needs the blocks of a wave waits for it to end its layer within the budgets."""
 
 
 def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:

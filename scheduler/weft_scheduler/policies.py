@@ -45,11 +45,12 @@ class WeftPolicy:
         """See `Policy.fill`."""
         make_room_for_the_overdue(state, draft)
         plan_decodes(state, draft)
-        budget_s = budget.decode_budget_s if draft.num_decodes else budget.open_budget_s
+        decode_s, open_s = budget.decode_budget_s, budget.open_budget_s
+        budget_s = decode_s if draft.num_decodes else max(decode_s, open_s)
         is_due = trickle_is_due(state)
         num_kept_tokens = state.limits.window_tokens if is_due else 0
         plan_prefills(state, draft, budget_s, num_kept_tokens, num_kept_blocks(state, draft.now_s))
-        left_s = min(budget_s, budget.decode_budget_s) if draft.forward else budget_s
+        left_s = min(decode_s, open_s) if draft.forward else open_s
         if is_due or not budget.wants_probe(draft.num_decodes, draft.num_prefill_tokens):
             plan_training(state, draft, left_s, is_due=is_due)
         if draft.is_empty:

@@ -13,11 +13,12 @@ from heapq import nlargest
 from itertools import pairwise
 
 from weft_scheduler.blocks import BlockAllocator
-from weft_scheduler.cost import CostModel, PlanFeatures
+from weft_scheduler.cost import CostModel
 from weft_scheduler.deadlines import Deadlines
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.drain import ServiceMeter, TenantQueue
 from weft_scheduler.fairness import FairQueue
+from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.prefix import PrefixChain, PrefixIndex
 from weft_scheduler.requests import Sequence, SequenceStatus, running_key
@@ -300,8 +301,8 @@ class SchedulerState:
     def remaining_price_s(self, pack: Pack) -> float:
         """The time that the rest of an alive pack's way would take alone, to the nearest layer."""
         spec, cost = pack.spec, self.cost
-        num_windows = pack.num_windows - pack.next_window
-        forward_s = num_windows * cost.chunk_s(
+        num_left = spec.num_tokens - pack.num_forwarded
+        forward_s = -(-num_left // self.limits.window_tokens) * cost.chunk_s(
             min(spec.num_tokens, self.limits.window_tokens),
             spec.num_tokens // 2,
             spec.num_target_tokens // pack.num_windows,

@@ -48,7 +48,7 @@ class PackStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Pack:
-    """The state of one pack, counting plans in flight.
+    """The state of one pack, counting plans in flight: `num_forwarded` of its tokens have been forwarded.
 
     `order` is its place among the packs that have been given blocks; `cursor_layer` is the layer at which
     its backward begins or goes on; `has_loss` says that all windows have
@@ -61,7 +61,7 @@ class Pack:
     cursor_layer: int
     waiting_since_s: float
     status: PackStatus = PackStatus.QUEUED
-    next_window: int = 0
+    num_forwarded: int = 0
     has_loss: bool = False
     is_protected: bool = False
     last_planned: int = 0
@@ -193,7 +193,7 @@ class TrainingQueue:
         """Give a queued pack the blocks for all its tokens; its forward begins."""
         pack.block_ids = tuple(block_ids)
         pack.status = PackStatus.FORWARDING
-        pack.next_window = 0
+        pack.num_forwarded = 0
         self._num_admitted += 1
         pack.order = self._num_admitted
         self.alive.append(pack)
@@ -259,10 +259,14 @@ class TrainingQueue:
                 tokens += rest if rest < most else most
         return tokens
 
-    def forwarded(self, pack: Pack) -> bool:
-        """The pack's next window is planned; returns whether that completes its first forward."""
-        pack.next_window += 1
-        if pack.next_window < pack.num_windows:
+    def most_forward(self, pack: Pack) -> int:
+        """Tokens of the pack's next forward window, if the budget does not cut it shorter."""
+        return min(self.window_tokens, pack.spec.num_tokens - pack.num_forwarded)
+
+    def forwarded(self, pack: Pack, num_tokens: int) -> bool:
+        """The pack's next tokens are planned; returns whether that completes its first forward."""
+        pack.num_forwarded += num_tokens
+        if pack.num_forwarded < pack.spec.num_tokens:
             return False
         pack.status = PackStatus.READY
         is_first = not pack.has_loss
@@ -270,8 +274,8 @@ class TrainingQueue:
         return is_first
 
     def next_wave(self, may_join: Callable[[Pack], bool] | None = None) -> Wave | None:
-        """The active wave; if there is none, one of all ready packs (that `may_join`) which begin at the layer
-        of the oldest of them.
+        """The active wave; if there is none, one of all ready packs (of those that `may_join`) which begin at
+        the layer of the oldest.
         """
         if self.wave is None:
             ready = [pack for pack in self.alive if pack.status is PackStatus.READY]

@@ -1,6 +1,7 @@
 """Finetuning: which packs get blocks, and how many windows, slices and optimizer steps a plan takes.
 
-Optimizer steps go first (their jobs stand still), then forward windows (they make waves wide), then the
+Optimizer steps go first (their jobs stand still), then forward windows (they make waves wide; one that does
+not fit is cut), then the
 slices of the wave. Tenants take turns by their shares when packs are admitted; those that are ahead of others
 whose finetuning could run sit out, with their windows and from the next wave on.
 """
@@ -113,7 +114,7 @@ def plan_capped_training(state: SchedulerState, draft: PlanDraft, max_tokens: in
         left = max_tokens
         for pack in training.alive:
             while pack.status is PackStatus.FORWARDING:
-                num_tokens = training.window_range(pack, pack.next_window)[1]
+                num_tokens = training.most_forward(pack)
                 is_over = num_tokens > left and (left < max_tokens or max_tokens <= 0)
                 if is_over or not _add_window(state, draft, pack, inf):
                     return

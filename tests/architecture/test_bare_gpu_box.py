@@ -82,6 +82,14 @@ def test_engine_training_and_kernels_import_on_a_bare_gpu_box(root: Path) -> Non
     assert failed_imports(modules, absent=absent_from_the_box(root)) == {}
 
 
+def test_benchmarks_of_the_engine_import_on_a_bare_gpu_box(root: Path) -> None:
+    # Peers are imported when they are asked for; benchmarks of a server need the web stack.
+    modules = modules_of(root / "server", "weft_server.bench")
+    modules = {name for name in modules if not name.startswith("weft_server.bench.serve")}
+    peers = {"transformers", "peft", "bitsandbytes", "accelerate", "vllm"}
+    assert failed_imports(modules, absent=absent_from_the_box(root) | peers) == {}
+
+
 def test_the_api_side_imports_without_torch(root: Path) -> None:
     modules = {"weft_server.cli", "weft_server.config"}
     for package in ("api", "service", "store"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft_kernels.lora import LoraBatch, LoraDropout, reference
+from weft_kernels.lora import LoraBatch, LoraBuffer, LoraDropout, reference
 
 WIDTHS = {0: 65, 1: 33, 2: 130, 3: 40, 4: 16}
 RANKS = {
@@ -130,6 +130,40 @@ def test_fused_decode_batch_of_one_row_per_adapter(
     batch = LoraBatch.build([(slot, 11 - slot, 1) for slot in range(12)], device)
     assert batch is not None
     check(adapters, batch, (0, 1), 12, torch.float32, None, trained=[3])
+
+
+def test_one_fixed_buffer_serves_batches_of_different_shapes(
+    make_adapters: Callable[..., Any], device: torch.device
+) -> None:
+    from weft_kernels.lora import fused
+
+    adapters = make_adapters(RANKS, WIDTHS, 70, torch.float32, device)
+    buffer = LoraBuffer(max_rows=40, max_tiles=6, tile_rows=16, device=device)
+    x = torch.randn(50, 70, generator=torch.Generator().manual_seed(5)).to(device)
+    for runs in ([(0, 3, 20), (2, 30, 9)], [(1, 49, 1)], [(3, 0, 16), (1, 20, 2), (0, 22, 1)]):
+        batch = LoraBatch.build(runs, device, buffer)
+        assert batch is not None
+        assert batch.tables[0].data_ptr() == buffer.tiles.data_ptr()
+        ys, grads, dxs = [], [], []
+        for path in (reference, fused):
+            ys.append(torch.zeros(50, 98, device=device))
+            dxs.append(torch.zeros(50, 70, device=device))
+            grads.append(adapters.zero_grads([1], torch.float32))
+            own = LoraBatch.build(runs, device) if path is reference else batch
+            group = (adapters.table, 0, (0, 1), (65, 33), own)
+            path.lora_forward(x, ys[-1], *group)
+            path.lora_backward(x, ys[0], dxs[-1], grads[-1], *group)
+        assert_equal_up_to_rounding(ys[1], ys[0], torch.float32)
+        assert_equal_up_to_rounding(dxs[1], dxs[0], torch.float32)
+        assert_equal_up_to_rounding(grads[1][1], grads[0][1], torch.float32)
+
+
+def test_a_batch_that_does_not_fit_its_buffer_is_refused(device: torch.device) -> None:
+    buffer = LoraBuffer(max_rows=8, max_tiles=2, tile_rows=16, device=device)
+    with pytest.raises(ValueError, match="9 rows do not fit the buffer's 8"):
+        LoraBatch.build([(0, 0, 9)], device, buffer)
+    with pytest.raises(ValueError, match="9 tile values do not fit the buffer's 6"):
+        LoraBatch.build([(0, 0, 1), (1, 1, 1), (2, 2, 1)], device, buffer)
 
 
 def test_fused_handles_rank_256(make_adapters: Callable[..., Any], device: torch.device) -> None:

@@ -68,7 +68,7 @@ class PackRecord:
 
     spec: PackSpec
     num_windows: int
-    forwarded: list[int] = field(default_factory=list)
+    num_forwarded: int = 0
     block_ids: tuple[int, ...] = ()
     has_loss: bool = False
     slices: list[tuple[int, int]] = field(default_factory=list)
@@ -278,7 +278,7 @@ class SimulatedEngine:
             if pack_id in self.packs:
                 record = self.packs[pack_id]
                 record.num_drops += 1
-                record.forwarded = []
+                record.num_forwarded = 0
                 if record.slices:
                     assert record.slices[-1][1] == 0, "dropped inside a layer"
         generated = [s.sequence_id for s in plan.forward if s.kind is not SegmentKind.TRAIN]
@@ -343,13 +343,14 @@ class SimulatedEngine:
         if segment.kind is SegmentKind.TRAIN:
             record = self.packs[name]
             adapter: str | None = record.spec.adapter
-            assert segment.start == len(record.forwarded) * self.limits.window_tokens
-            assert end == min(segment.start + self.limits.window_tokens, record.spec.num_tokens)
+            assert segment.start == record.num_forwarded
+            assert segment.num_tokens <= self.limits.window_tokens
+            assert segment.num_tokens >= min(16, self.limits.window_tokens) or end == record.spec.num_tokens
             assert segment.with_loss is not record.has_loss
             assert not segment.samples
-            record.forwarded.append(segment.start)
+            record.num_forwarded = end
             record.block_ids = segment.block_ids
-            record.has_loss |= len(record.forwarded) == record.num_windows
+            record.has_loss |= end == record.spec.num_tokens
         else:
             request = self.requests[name]
             adapter = request.spec.adapter
@@ -371,7 +372,7 @@ class SimulatedEngine:
         assert part.pack_ids
         for pack_id in part.pack_ids:
             record = self.packs[pack_id]
-            assert len(record.forwarded) == record.num_windows, "backward before forward"
+            assert record.num_forwarded == record.spec.num_tokens, "backward before forward"
             assert self.scheduler.adapter_slot(record.spec.adapter) is not None
             last = self.limits.num_layers - 1
             order = [

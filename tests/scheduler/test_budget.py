@@ -158,7 +158,7 @@ def test_late_first_tokens_shorten_the_iterations_that_an_arrival_may_meet() -> 
     assert budget.open_budget_s < 0.25 * 0.7
     for _ in range(32 * 40):
         budget.observe_first_token(5.0)
-    assert budget.open_budget_s == budget.decode_budget_s, "never below what decodes may take"
+    assert budget.open_budget_s == pytest.approx(0.1 * 0.02), "a tenth of the per-token target is left"
     for _ in range(32 * 100):
         budget.observe_first_token(0.1)
     assert budget.open_budget_s == 0.25
@@ -182,3 +182,11 @@ def test_new_targets_forget_what_was_learnt_under_others() -> None:
     scheduler.set_targets(LatencyTargets(0.02, 1.0))
     assert scheduler.budget.decode_budget_s == pytest.approx(0.018)
     assert scheduler.flex_budget.tpot_s == pytest.approx(0.08)
+
+
+def test_iterations_are_short_enough_for_the_first_token_of_an_arrival() -> None:
+    budget = BudgetController(LatencyTargets(tpot_s=0.05, ttft_s=0.12), max_inflight=2)
+    assert budget.decode_budget_s == pytest.approx(0.03), "two in flight, the prompt's own, and one to spare"
+    for _ in range(64 * 20):
+        budget.observe(0.02, num_decodes=1)
+    assert budget.decode_budget_s == pytest.approx(0.03)

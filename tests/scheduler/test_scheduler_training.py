@@ -143,7 +143,7 @@ def test_packs_alive_stay_within_the_activation_limit(make_engine: Callable[...,
     engine.add_step("j", "t", [16] * 6)
     while engine.scheduler.has_work():
         engine.step()
-        alive = [r for r in engine.packs.values() if r.forwarded and not r.is_done]
+        alive = [r for r in engine.packs.values() if r.num_forwarded and not r.is_done]
         assert sum(record.spec.num_tokens for record in alive) <= 32
     assert engine.steps_done["j"] == 1
 
@@ -403,3 +403,26 @@ def test_an_empty_plan_needs_no_commit(make_limits: Callable[..., Any]) -> None:
     assert plan.is_empty
     assert scheduler.commit(plan, StepResult(), 0.0) == []
     assert not scheduler.has_work()
+
+
+def test_a_window_that_does_not_fit_the_budget_is_cut(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    # A decode takes 10 ms and 64 tokens beside it 0.5 ms: the budget has room for a part of a window of 256.
+    engine = make_engine(
+        targets=LatencyTargets(tpot_s=0.0115, ttft_s=2.0),
+        noise=0.0,
+        num_blocks=2000,
+        window_tokens=256,
+        max_batch_tokens=512,
+        max_train_tokens=2048,
+        max_model_len=1000,
+    )
+    engine.request(request_spec("r", num_prompt_tokens=4, max_new_tokens=900))
+    engine.train_endlessly("j", "t", [1024])
+    sizes = set()
+    for _ in range(200):
+        plan = engine.step()
+        sizes |= {s.num_tokens for s in plan.forward if s.kind is SegmentKind.TRAIN}
+    assert any(16 <= size < 256 for size in sizes)
+    assert engine.steps_done["j"] > 0

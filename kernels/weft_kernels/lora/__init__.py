@@ -12,12 +12,14 @@ from torch import Tensor
 
 from weft_kernels.lora import reference
 from weft_kernels.lora.batch import LoraBatch
+from weft_kernels.lora.buffer import LoraBuffer
 from weft_kernels.lora.dropout import LoraDropout, dropout_mask
 from weft_kernels.lora.table import ALIGNMENT, LoraEntry, LoraGroup, LoraTable, SlotEntry
 
 __all__ = [
     "ALIGNMENT",
     "LoraBatch",
+    "LoraBuffer",
     "LoraDropout",
     "LoraEntry",
     "LoraGroup",

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from weft_kernels.lora.buffer import LoraBuffer
+from weft_kernels.lora.table import LoraTable
 from weft_kernels.transfer import upload_indices
 
 _MIN_TILE_ROWS, _MAX_TILE_ROWS = 16, 64
@@ -22,10 +24,14 @@ class LoraBatch:
         index. token_idx: int64 [P] on the device, the rows sorted by slot, in the order of the runs within a
         slot. num_rows: P, the number of rows that use an adapter.
         max_row: the highest row used, for bounds checks.
+
+    Built over a `LoraBuffer`, `token_idx` and the tables are the buffer's: longer than needed, with zeros and
+    empty tiles at the end, and overwritten by the next batch that is built over it.
     """
 
     __slots__ = (
         "_grad_pointers",
+        "_max_rank",
         "_tables",
         "max_row",
         "num_rows",
@@ -35,7 +41,13 @@ class LoraBatch:
         "token_idx",
     )
 
-    def __init__(self, runs_by_slot: Mapping[int, list[tuple[int, int]]], device: torch.device) -> None:
+    def __init__(
+        self,
+        runs_by_slot: Mapping[int, list[tuple[int, int]]],
+        device: torch.device,
+        buffer: LoraBuffer | None = None,
+    ) -> None:
+        self._tables: tuple[Tensor, Tensor] | None
         segments: list[tuple[int, int, int]] = []
         index: list[int] = []
         for slot in sorted(runs_by_slot):
@@ -47,9 +59,14 @@ class LoraBatch:
         self.num_rows = len(index)
         self.max_row = max(index)
         self.tile_rows = _tile_rows(max(end - start for _, start, end in segments))
-        if device.type == "cpu":
+        if buffer is not None:
+            self.tile_rows = buffer.tile_rows
+            buffer.fill(index, self._tile_values(), self._segment_values())
+            self.token_idx = buffer.token_idx
+            self._tables = (buffer.tiles, buffer.segments)
+        elif device.type == "cpu":
             self.token_idx = upload_indices(index, device)
-            self._tables: tuple[Tensor, Tensor] | None = None
+            self._tables = None
         else:
             first = _padded(len(index))
             values = index + [0] * (first - len(index)) + self._table_values()
@@ -61,15 +78,19 @@ class LoraBatch:
             for slot, start, end in self.segments
         )
         self._grad_pointers: tuple[tuple[int, ...], Tensor] | None = None
+        self._max_rank: tuple[LoraTable, int, int] | None = None
 
     @staticmethod
-    def build(runs: Sequence[tuple[int, int, int]], device: torch.device | str) -> "LoraBatch | None":
+    def build(
+        runs: Sequence[tuple[int, int, int]], device: torch.device | str, buffer: LoraBuffer | None = None
+    ) -> "LoraBatch | None":
         """Sort runs `(slot, row_start, num_rows)` by slot; None if they hold no row at all.
 
         Rows of one slot may come in several runs; rows that use no adapter are simply absent.
 
         Raises:
-            ValueError: a negative slot, row or length, or two runs that share a row.
+            ValueError: a negative slot, row or length, two runs that share a row, or more than `buffer`
+                holds.
         """
         by_slot: dict[int, list[tuple[int, int]]] = {}
         for slot, start, length in runs:
@@ -85,7 +106,7 @@ class LoraBatch:
         if not by_slot:
             return None
         _check_disjoint(run for slot_runs in by_slot.values() for run in slot_runs)
-        return LoraBatch(by_slot, torch.device(device))
+        return LoraBatch(by_slot, torch.device(device), buffer)
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -97,22 +118,36 @@ class LoraBatch:
         return self._tables
 
     def grad_pointers(self, grads: Mapping[int, Tensor]) -> Tensor:
-        """Address of each segment's flat gradient, int64 [num_segments]; 0 for slots absent from `grads`."""
+        """Address of each segment's flat gradient, int64, one per row of the segment table; 0 for slots
+        absent from `grads` and for padding."""
         addresses = tuple(grads[slot].data_ptr() if slot in grads else 0 for slot, _, _ in self.segments)
+        addresses += (0,) * (self.tables[1].shape[0] - len(addresses))
         if self._grad_pointers is None or self._grad_pointers[0] != addresses:
             self._grad_pointers = (addresses, upload_indices(addresses, self.token_idx.device))
         return self._grad_pointers[1]
 
+    def max_rank(self, table: LoraTable) -> int:
+        """The largest rank of any slot in the batch; 0 if none of them adapts anything."""
+        known = self._max_rank
+        if known is None or known[0] is not table or known[1] != table.version:
+            rank = max(table.max_rank(slot) for slot, _, _ in self.segments)
+            known = self._max_rank = (table, table.version, rank)
+        return known[2]
+
     def _table_values(self) -> list[int]:
         """Tiles, padding, segments: see `_padded`."""
+        tiles = self._tile_values()
+        return tiles + [0] * (_padded(len(tiles)) - len(tiles)) + self._segment_values()
+
+    def _tile_values(self) -> list[int]:
         values: list[int] = []
         for slot, start, end in self.segments:
             for tile in range(start, end, self.tile_rows):
                 values += (slot, tile, min(self.tile_rows, end - tile))
-        values += [0] * (_padded(len(values)) - len(values))
-        for slot, start, end in self.segments:
-            values += (slot, start, end - start)
         return values
+
+    def _segment_values(self) -> list[int]:
+        return [value for slot, start, end in self.segments for value in (slot, start, end - start)]
 
     def _split_tables(self, values: Tensor) -> tuple[Tensor, Tensor]:
         num_tiles = sum(-(-(end - start) // self.tile_rows) for _, start, end in self.segments)

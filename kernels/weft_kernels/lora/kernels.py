@@ -8,9 +8,13 @@ Common arguments: `weights, offsets, ranks, scales` address a weight matrix [ran
 `tiles` [.., 3] holds `(slot, start, num_rows)` with `start` into `token_idx`; `m0..m2` are the modules of the
 group and `c0..c2` the widths of the wide axis. SHARED says that all modules use the same columns of the wide
 matrix (x, dx); otherwise their columns stand side by side from `first_column` (y, dy). Wide matrices are
-indexed by `token_idx`, rank-wide scratch by position in it, with module i at column `i * rank_stride`. Of a
-scratch row the columns up to the next multiple of 16 ranks are written (zeros past the true rank), so that
-reading it needs no mask finer than a vector.
+indexed by `token_idx`. Tiles and segments without rows are padding and end at once.
+
+The rank-wide scratch is float32 [SPLITS, positions, rank columns], indexed by position in `token_idx`, with
+module i at column `i * rank_stride`. A batch with few tiles would leave most of the device idle, so its sum
+over the wide axis is split: each part is a plane of its own, and whoever reads adds the planes, in order. Of
+a row the columns up to the next multiple of 16 ranks are written (zeros past the true rank), so that reading
+it needs no mask finer than a vector.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -40,6 +44,25 @@ def _first_column(i, first_column, c0, c1, SHARED: tl.constexpr):
 def _padded(rank):
     """The rank rounded up to whole vectors of scratch."""
     return (rank + 15) // 16 * 16
+
+
+@triton.jit
+def _module_of_block(block, c0, c1, BLOCK_C: tl.constexpr):
+    """Module and column block of it, where the blocks of all modules are numbered through."""
+    blocks_0 = tl.cdiv(c0, BLOCK_C)
+    blocks_1 = tl.cdiv(c1, BLOCK_C)
+    i = (block >= blocks_0).to(tl.int32) + (block >= blocks_0 + blocks_1).to(tl.int32)
+    before = tl.where(i > 0, blocks_0, 0) + tl.where(i > 1, blocks_1, 0)
+    return i, block - before
+
+
+@triton.jit
+def _sum_splits(rows, split_stride, columns, mask, SPLITS: tl.constexpr, dtype: tl.constexpr):
+    """The tile of scratch at `rows[:, None] + columns[None, :]`, its planes added in order."""
+    total = tl.load(rows + columns, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(rows + split * split_stride + columns, mask=mask, other=0.0)
+    return total.to(dtype)
 
 
 @triton.jit
@@ -73,13 +96,14 @@ def _drop(values, scale, dtype: tl.constexpr):
     return tl.where(scale != 0.0, values.to(tl.float32) * scale, 0.0).to(dtype)
 
 
-@triton.jit(do_not_specialize=_STATIC)
+@triton.jit(do_not_specialize=[*_STATIC, "num_rank_blocks"])
 def shrink_kernel(
     x,
     x_stride,
     first_column,
     out,
     out_stride,
+    split_stride,
     rank_stride,
     weights,
     offsets,
@@ -98,26 +122,30 @@ def shrink_kernel(
     c0,
     c1,
     c2,
+    num_rank_blocks,
+    split_columns,
     SHARED: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`out[position, r] = s · Σ_c drop(x)[row, c] W[r, c]`.
+    """`out[split, position, r] = s · Σ_c drop(x)[row, c] W[r, c]` over the split's `split_columns` columns.
 
-    A program owns one tile of rows of one adapter, one module, BLOCK_R ranks. Accumulates in float32.
+    A program owns one tile of rows of one adapter, one module, BLOCK_R ranks, one split. Accumulates in
+    float32.
     """
     tile = tl.program_id(0)
-    i = tl.program_id(1)
-    rank_block = tl.program_id(2)
+    i = tl.program_id(1) // num_rank_blocks
+    rank_block = tl.program_id(1) % num_rank_blocks
+    split = tl.program_id(2)
     slot = tl.load(tiles + tile * 3)
     start = tl.load(tiles + tile * 3 + 1)
     num_rows = tl.load(tiles + tile * 3 + 2)
     module = _pick(i, m0, m1, m2)
     site = (slot * num_layers + layer) * num_modules + module
     rank = tl.load(ranks + site)
-    if rank_block * BLOCK_R < rank:
+    if (num_rows > 0) & (rank_block * BLOCK_R < rank):
         width = c0 if SHARED else _pick(i, c0, c1, c2)
         column = _first_column(i, first_column, c0, c1, SHARED)
         offset = tl.multiple_of(tl.load(offsets + site), 16)
@@ -133,7 +161,7 @@ def shrink_kernel(
             row_p = tl.load(p + rows, mask=row_mask, other=0.0)
             row_keys = tl.load(keys + rows, mask=row_mask, other=0)
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        for k in range(0, width, BLOCK_C):
+        for k in range(split * split_columns, tl.minimum(width, (split + 1) * split_columns), BLOCK_C):
             column_mask = k + c < width
             x_mask = row_mask[:, None] & column_mask[None, :]
             w_mask = rank_mask[:, None] & column_mask[None, :]
@@ -144,15 +172,17 @@ def shrink_kernel(
                 x_tile = _drop(x_tile, scale, x.dtype.element_ty)
             acc += tl.dot(x_tile, tl.trans(w_tile.to(x.dtype.element_ty)), input_precision="ieee")
         acc = acc * tl.load(scales + site)
-        out_rows = out + (start + m).to(tl.int64)[:, None] * out_stride + i * rank_stride
+        plane = out + split.to(tl.int64) * split_stride
+        out_rows = plane + (start + m).to(tl.int64)[:, None] * out_stride + i * rank_stride
         out_mask = row_mask[:, None] & (r < _padded(rank))[None, :]
-        tl.store(out_rows + r[None, :], acc.to(out.dtype.element_ty), mask=out_mask)
+        tl.store(out_rows + r[None, :], acc, mask=out_mask)
 
 
 @triton.jit(do_not_specialize=[*_STATIC, "group_size"])
 def expand_kernel(
     v,
     v_stride,
+    split_stride,
     rank_stride,
     out,
     out_stride,
@@ -176,6 +206,7 @@ def expand_kernel(
     group_size,
     SHARED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -190,12 +221,18 @@ def expand_kernel(
     slot = tl.load(tiles + tile * 3)
     start = tl.load(tiles + tile * 3 + 1)
     num_rows = tl.load(tiles + tile * 3 + 2)
-    i_begin = 0 if SHARED else tl.program_id(2)
-    i_end = group_size if SHARED else i_begin + 1
+    if SHARED:
+        i_begin = 0
+        block = tl.program_id(1)
+        i_end = group_size
+    else:
+        i_begin, block = _module_of_block(tl.program_id(1), c0, c1, BLOCK_C)
+        i_end = i_begin + 1
+    i_end = tl.where(num_rows > 0, i_end, i_begin)
     width = c0 if SHARED else _pick(i_begin, c0, c1, c2)
     column = _first_column(i_begin, first_column, c0, c1, SHARED)
     m = tl.arange(0, BLOCK_M)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     row_mask = m < num_rows
     column_mask = c < width
     rows = tl.load(token_idx + start + m, mask=row_mask, other=0)
@@ -209,24 +246,21 @@ def expand_kernel(
         module = _pick(i, m0, m1, m2)
         site = (slot * num_layers + layer) * num_modules + module
         rank = tl.load(ranks + site)
-        if tl.program_id(1) * BLOCK_C < width:
-            num_ranks += rank
-            offset = tl.multiple_of(tl.load(offsets + site), 16)
-            acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
-            for r0 in range(0, rank, BLOCK_R):
-                r = r0 + tl.arange(0, BLOCK_R)
-                rank_mask = r < rank
-                v_mask = row_mask[:, None] & (r < _padded(rank))[None, :]
-                v_tile = tl.load(v_rows + i * rank_stride + r[None, :], mask=v_mask, other=0.0)
-                w_tile = tl.load(
-                    weights + offset + r.to(tl.int64)[:, None] * width + c[None, :],
-                    mask=rank_mask[:, None] & column_mask[None, :],
-                    other=0.0,
-                )
-                acc += tl.dot(v_tile, w_tile.to(v.dtype.element_ty), input_precision="ieee")
-            if DROPOUT:
-                acc = _drop(acc, _dropout_scale(row_p, row_keys, layer, module, c), tl.float32)
-            total += acc
+        num_ranks += rank
+        offset = tl.multiple_of(tl.load(offsets + site), 16)
+        acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+        for r0 in range(0, rank, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            v_mask = row_mask[:, None] & (r < _padded(rank))[None, :]
+            w_mask = (r < rank)[:, None] & column_mask[None, :]
+            w_rows = weights + offset + r.to(tl.int64)[:, None] * width
+            w_tile = tl.load(w_rows + c[None, :], mask=w_mask, other=0.0)
+            ranks_of_module = (i * rank_stride + r)[None, :]
+            v_tile = _sum_splits(v_rows, split_stride, ranks_of_module, v_mask, SPLITS, out.dtype.element_ty)
+            acc += tl.dot(v_tile, w_tile.to(out.dtype.element_ty), input_precision="ieee")
+        if DROPOUT:
+            acc = _drop(acc, _dropout_scale(row_p, row_keys, layer, module, c), tl.float32)
+        total += acc
     if num_ranks > 0:
         mask = row_mask[:, None] & column_mask[None, :]
         out_tile = out + rows[:, None] * out_stride + column + c[None, :]
@@ -238,6 +272,7 @@ def expand_kernel(
 def weight_grad_kernel(
     left,
     left_stride,
+    split_stride,
     rank_stride,
     right,
     right_stride,
@@ -262,18 +297,23 @@ def weight_grad_kernel(
     num_rank_blocks,
     SHARED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """`grad[r, c] += Σ_rows left[position, r] · drop(right)[row, c]`, float32.
+    """`grad[r, c] += Σ_rows left[position, r] · drop(right)[row, c]`, accumulated in float32.
 
     A program owns BLOCK_R × BLOCK_C of one adapter's gradient of one module and walks all rows of that
     adapter in order: deterministic, no atomics. `grads` holds one address per segment; 0 skips a frozen
     adapter.
     """
     segment = tl.program_id(0)
-    i = tl.program_id(2) // num_rank_blocks
+    if SHARED:
+        i = tl.program_id(2) // num_rank_blocks
+        block = tl.program_id(1)
+    else:
+        i, block = _module_of_block(tl.program_id(1), c0, c1, BLOCK_C)
     rank_block = tl.program_id(2) % num_rank_blocks
     slot = tl.load(segments + segment * 3)
     start = tl.load(segments + segment * 3 + 1)
@@ -283,12 +323,12 @@ def weight_grad_kernel(
     rank = tl.load(ranks + site)
     address = tl.load(grads + segment)
     width = c0 if SHARED else _pick(i, c0, c1, c2)
-    if (address != 0) & (rank_block * BLOCK_R < rank) & (tl.program_id(1) * BLOCK_C < width):
+    if (address != 0) & (rank_block * BLOCK_R < rank):
         column = _first_column(i, first_column, c0, c1, SHARED)
         offset = tl.multiple_of(tl.load(offsets + site) - tl.load(base + slot), 16)
         grad = tl.multiple_of(address.to(tl.pointer_type(tl.float32)), 16) + offset
         r = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
-        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        c = block * BLOCK_C + tl.arange(0, BLOCK_C)
         rank_mask = r < rank
         column_mask = c < width
         acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
@@ -296,10 +336,13 @@ def weight_grad_kernel(
             m = first + tl.arange(0, BLOCK_M)
             row_mask = m < num_rows
             rows = tl.load(token_idx + start + m, mask=row_mask, other=0)
-            left_tile = tl.load(
-                left + (start + m).to(tl.int64)[:, None] * left_stride + i * rank_stride + r[None, :],
-                mask=row_mask[:, None] & (r < _padded(rank))[None, :],
-                other=0.0,
+            left_tile = _sum_splits(
+                left + (start + m).to(tl.int64)[:, None] * left_stride,
+                split_stride,
+                (i * rank_stride + r)[None, :],
+                row_mask[:, None] & (r < _padded(rank))[None, :],
+                SPLITS,
+                right.dtype.element_ty,
             )
             right_tile = tl.load(
                 right + rows[:, None] * right_stride + column + c[None, :],

@@ -76,6 +76,7 @@ class LoraTable:
         ranks: int32 [slots, L, M]; 0 means the module is not adapted.
         scales: float32 [slots, L, M].
         base: int64 [slots], element offset of each slot's extent.
+        version: grows with every change.
 
     Updates are copies on the current stream, hence ordered after every kernel already launched there. Not
     safe for concurrent use from several threads.
@@ -99,6 +100,7 @@ class LoraTable:
         self._bases = [0] * num_slots
         self._entries: list[dict[tuple[int, int], LoraEntry]] = [{} for _ in range(num_slots)]
         self._max_ranks = [0] * num_slots
+        self.version = 0
         self._groups: list[dict[tuple[int, tuple[int, ...]], LoraGroup | None]] = [
             {} for _ in range(num_slots)
         ]
@@ -123,6 +125,7 @@ class LoraTable:
         self._entries[slot] = by_site
         self._max_ranks[slot] = max((entry.rank for entry in by_site.values()), default=0)
         self._groups[slot] = {}
+        self.version += 1
         self._write_rows(slot)
 
     def rebase_slot(self, slot: int, base: int) -> None:

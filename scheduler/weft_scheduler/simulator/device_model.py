@@ -9,10 +9,11 @@ This is the *true* time of the simulation. What the scheduler believes is fitted
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from weft_scheduler.cost import CostModel, PlanFeatures
+from weft_scheduler.cost import CostModel
+from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.simulator.gpus import Gpu, keeps_expansion
 from weft_scheduler.simulator.shapes import DENSE_BYTES, WEIGHT_BYTES, ModelShape
@@ -27,25 +28,15 @@ RECOMPUTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 
 @dataclass(slots=True)
-class Work:
-    """What one plan computes: the fields of `PlanFeatures`, and what the device alone needs to know.
+class Work(PlanFeatures):
+    """What one plan computes, and what the device alone needs to know of it.
 
-    `backward_products` sums tokens · context over backward slices (per layer), `adapter_elements` the
-    elements of the distinct adapters, `stepped_elements` those of adapters whose optimizer step runs,
-    `moved_elements` those of adapters that change their place in the arena.
+    `backward_products` sums tokens · context over backward slices (per layer), `stepped_elements` the
+    elements of adapters whose optimizer step runs, `moved_elements` those of adapters that change their place
+    in the arena.
     """
 
-    forward_tokens: int = 0
-    kv_tokens_read: int = 0
-    attention_products: int = 0
-    num_sequences: int = 0
-    loss_tokens: int = 0
-    backward_token_layers: int = 0
-    num_backward_slices: int = 0
-    num_adapters: int = 0
-    optimizer_steps: int = 0
     backward_products: int = 0
-    adapter_elements: int = 0
     stepped_elements: int = 0
     moved_elements: int = 0
 
@@ -169,15 +160,5 @@ def _prompt(num: int) -> PlanFeatures:
 
 def _work(features: PlanFeatures, limits: Limits) -> Work:
     window = min(limits.window_tokens, limits.max_pack_tokens)
-    return Work(
-        forward_tokens=features.forward_tokens,
-        kv_tokens_read=features.kv_tokens_read,
-        attention_products=features.attention_products,
-        num_sequences=features.num_sequences,
-        loss_tokens=features.loss_tokens,
-        backward_token_layers=features.backward_token_layers,
-        num_backward_slices=features.num_backward_slices,
-        backward_products=features.num_backward_slices * window * window // 2,
-        num_adapters=features.num_adapters,
-        adapter_elements=features.adapter_elements,
-    )
+    products = features.num_backward_slices * window * window // 2
+    return Work(**asdict(features), backward_products=products)

@@ -116,8 +116,8 @@ def choose_limits(
         weights_gb = (shape.weight_bytes(quantization) + dense) / 1e9
         raise DoesNotFit(
             f"{shape.name} in {quantization} takes {weights_gb:.1f} GB; "
-            f"{gpu.name} offers {gpu.memory_bytes * MEMORY_UTILIZATION / 1e9:.1f} GB: choose nf4, a larger "
-            "device or a smaller model"
+            f"{gpu.name} offers {gpu.memory_bytes * MEMORY_UTILIZATION / 1e9:.1f} GB: choose "
+            f"{'' if quantization == 'nf4' else 'nf4, '}a larger device or a smaller model"
         )
     context = min(max_model_len or shape.max_model_len, shape.max_model_len, num_blocks * BLOCK_SIZE)
     reserve = min(num_blocks // 4, 4 * context // BLOCK_SIZE)

@@ -35,6 +35,16 @@ class Ceilings:
         """The roofline: the longer of moving the bytes and computing the operations."""
         return max(num_bytes / self.read_bytes_per_s, flops / self.gemm_flops_per_s)
 
+    def best_of(self, other: Ceilings) -> Ceilings:
+        """Each ceiling's better measurement of two on the same machine."""
+        link = self.link_bytes_per_s
+        return Ceilings(
+            max(self.read_bytes_per_s, other.read_bytes_per_s),
+            max(self.gemm_flops_per_s, other.gemm_flops_per_s),
+            None if link is None or other.link_bytes_per_s is None else max(link, other.link_bytes_per_s),
+            self.dtype,
+        )
+
     def rows(self) -> list[tuple[str, float | None, str]]:
         """Name, value and unit of each ceiling."""
         link = None if self.link_bytes_per_s is None else self.link_bytes_per_s / 1e9
@@ -45,7 +55,7 @@ class Ceilings:
         ]
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype, *, budget_s: float = 2.0) -> Ceilings:
+def measure_ceilings(device: torch.device, dtype: torch.dtype, *, budget_s: float) -> Ceilings:
     """Measure with the current number of threads; the best sample counts, as a ceiling is a best case."""
     stopwatch = Stopwatch(device)
 

@@ -22,7 +22,7 @@ def write_checkpoint(model: RandomModel, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(model.shape.hf_config), indent=1), encoding="utf-8")
-    tensors = {name: model.tensor(name).cpu() for name in model.names()}
+    tensors = {name: tensor.cpu().clone() for name, tensor in model.tensors().items()}
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     source = Path(weft_server.demo.__file__).parent / "base_model"
     for name in _TOKENIZER_FILES:

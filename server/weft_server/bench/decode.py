@@ -18,10 +18,9 @@ from weft_server.bench.harness import BenchEngine, random_tokens
 from weft_server.bench.peers import PEER, PeerModel, add_adapters, build_peer, why_absent
 from weft_server.bench.report import Report
 from weft_server.bench.rivals import Threads, race, take_turns
-from weft_server.bench.settings import Setting, add_ceilings, read_setting
+from weft_server.bench.settings import Setting, add_ceilings, measure_ceilings, read_setting
 from weft_server.bench.stats import Timings, median_ratio
 from weft_server.cache.kv import KvCache
-from weft_server.model.weights import DecoderWeights
 from weft_server.protocol import AdapterRef
 
 NUM_REQUESTS, NUM_MIXED_ADAPTERS = 8, 4
@@ -44,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = Sizes(512, 65, 32) if setting.on_gpu else Sizes(32, 25, 8)
     report = setting.report("decode", "Generation with adapters")
     weights = setting.model.weft_weights(setting.quantization)
+    # Before an engine is built over them: it may lay weights out once more, for its backward passes.
+    weight_bytes = sum(layer.num_bytes for layer in weights.layers) + weights.lm_head.nbytes
     adapters = [setting.model.adapter(seed) for seed in range(sizes.num_distinct)]
     engine = BenchEngine(
         weights,
@@ -55,10 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         references = [engine.store(adapter) for adapter in adapters]
         threads = Threads(report, setting)
-        ceilings = add_ceilings(report, setting)
+        ceilings = measure_ceilings(setting)
+        add_ceilings(report, ceilings)
         measure_mixed(report, setting, threads, engine, adapters, references, sizes)
         measure_adapter_cost(report, setting, threads, engine, adapters, references, sizes, ceilings)
-        measure_single_stream(report, setting, threads, engine, weights, sizes, ceilings)
+        measure_single_stream(report, setting, threads, engine, weight_bytes, sizes, ceilings)
     finally:
         engine.close()
     report.finish(arguments.out)
@@ -183,17 +185,17 @@ def measure_single_stream(
     setting: Setting,
     threads: Threads,
     engine: BenchEngine,
-    weights: DecoderWeights,
+    weight_bytes: int,
     sizes: Sizes,
     ceilings: Ceilings,
 ) -> None:
     """One request without an adapter, against reading weights, head and its keys and values once a token."""
-    config, dtype = weights.config, weights.dtype
+    config, dtype = setting.model.config, setting.model.dtype
     prompts = random_tokens(1, sizes.prompt, setting.vocab_size, setting.seed + 2)
     kv_bytes = KvCache.bytes_per_token(
         num_layers=config.num_layers, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=dtype
     ) * (sizes.prompt + sizes.answer // 2)
-    read = sum(layer.num_bytes for layer in weights.layers) + weights.lm_head.nbytes + kv_bytes
+    read = weight_bytes + kv_bytes
 
     def token() -> float:
         answer = engine.generate(prompts, [None], max_tokens=sizes.answer)

@@ -1,34 +1,29 @@
-"""Random weights by name, so that Weft, its peers and a checkpoint on disk hold the very same ones.
+"""Random models and adapters: the same weights for Weft, for its peers and for a checkpoint on disk.
 
-Owns the drawing and Weft's form of it, and the adapters. The peers' form is `peers`'.
+Weft's own come from `weft_server.model.random`, as everywhere; here they get the names of a checkpoint.
 """
 
 from __future__ import annotations
-
-import zlib
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from weft_server.adapters.packed import PackedAdapter, new_adapter, repack
-from weft_server.adapters.paths import MODULES, module_path
+from weft_server.adapters.paths import MODULE_GROUPS, MODULES, module_path
 from weft_server.bench.shapes import Shape
 from weft_server.model.config import ModelConfig
-from weft_server.model.loading import Quantization, resolve_format
-from weft_server.model.weights import DecoderWeights, assemble_layer
-from weft_server.quant.encoding import encode
+from weft_server.model.loading import Quantization
+from weft_server.model.random import random_weights
+from weft_server.model.weights import DecoderWeights
 from weft_server.quant.linear import QuantizedLinear
 
-_WEIGHT_STD = 0.02
 _LORA_B_STD = 0.05
 """Large enough that another adapter's answer is far beyond a check's tolerance."""
 
 
 class RandomModel:
-    """The tensors of one model, each a function of the seed, its name in a checkpoint and the kind of device.
-
-    Nothing is kept: a tensor is drawn anew whenever it is asked for.
+    """One model: a function of shape, seed, dtype and kind of device. Nothing is kept: weights are drawn anew
+    whenever they are asked for.
     """
 
     def __init__(self, shape: Shape, *, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
@@ -38,59 +33,40 @@ class RandomModel:
         self.device = device
         self._seed = seed
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor that a checkpoint holds under this name (`model.layers.0.mlp.up_proj.weight`)."""
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(f"{self._seed}/{name}".encode()))
-        values = torch.empty(self._size(name), dtype=self.dtype, device=self.device)
-        values.normal_(std=_WEIGHT_STD, generator=generator)
-        return values.add_(1.0) if name.rpartition(".")[0].endswith("norm") else values
-
-    def names(self) -> Iterator[str]:
-        """Names of all tensors of the checkpoint."""
-        yield "model.embed_tokens.weight"
-        for layer in range(self.config.num_layers):
-            prefix = f"model.layers.{layer}"
-            yield from (f"{prefix}.{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm"))
-            if self.config.qk_norm:
-                yield from (f"{prefix}.self_attn.{norm}.weight" for norm in ("q_norm", "k_norm"))
-            for module in MODULES:
-                yield f"{module_path(layer, module)}.weight"
-                if self.config.has_bias(module):
-                    yield f"{module_path(layer, module)}.bias"
-        yield "model.norm.weight"
-        if not self.config.tie_word_embeddings:
-            yield "lm_head.weight"
-
     def weft_weights(self, quantization: Quantization, *, low_memory: bool = False) -> DecoderWeights:
-        """As Weft's decoder takes them, quantized as `load_weights` would.
+        """As Weft's decoder takes them: quantized and laid out as `load_weights` would.
 
         Raises:
             ModelError: as `resolve_format`.
         """
-        layers = tuple(
-            assemble_layer(
-                input_norm=self.tensor(f"model.layers.{layer}.input_layernorm.weight"),
-                post_attention_norm=self.tensor(f"model.layers.{layer}.post_attention_layernorm.weight"),
-                q_norm=self.tensor(f"model.layers.{layer}.self_attn.q_norm.weight")
-                if self.config.qk_norm
-                else None,
-                k_norm=self.tensor(f"model.layers.{layer}.self_attn.k_norm.weight")
-                if self.config.qk_norm
-                else None,
-                linear=lambda module, layer=layer: self._linear(layer, module, quantization, low_memory),  # type: ignore[misc]
-            )
-            for layer in range(self.config.num_layers)
-        )
-        embed = self.tensor("model.embed_tokens.weight")
-        return DecoderWeights(
-            config=self.config,
-            embed=embed,
-            layers=layers,
-            norm=self.tensor("model.norm.weight"),
-            lm_head=embed if self.config.tie_word_embeddings else self.tensor("lm_head.weight"),
+        return random_weights(
+            self.config,
+            seed=self._seed,
             dtype=self.dtype,
             device=self.device,
+            quantization=quantization,
+            low_memory=low_memory,
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The unquantized model by the names of a checkpoint (`model.layers.0.mlp.up_proj.weight`).
+
+        All of it at once, in `dtype`; modules that Weft fuses are views of one tensor.
+        """
+        weights = self.weft_weights("none", low_memory=True)
+        named = {"model.embed_tokens.weight": weights.embed, "model.norm.weight": weights.norm}
+        for idx, layer in enumerate(weights.layers):
+            prefix = f"model.layers.{idx}"
+            named[f"{prefix}.input_layernorm.weight"] = layer.input_norm
+            named[f"{prefix}.post_attention_layernorm.weight"] = layer.post_attention_norm
+            if layer.q_norm is not None and layer.k_norm is not None:
+                named[f"{prefix}.self_attn.q_norm.weight"] = layer.q_norm
+                named[f"{prefix}.self_attn.k_norm.weight"] = layer.k_norm
+            for group, linear in zip(MODULE_GROUPS, layer.linears, strict=True):
+                named |= self._parts(idx, group, linear)
+        if not self.config.tie_word_embeddings:
+            named["lm_head.weight"] = weights.lm_head
+        return named
 
     def adapter(self, seed: int, rank: int = 16, modules: tuple[str, ...] = MODULES) -> PackedAdapter:
         """An adapter in fp32 whose B is not zero, alpha twice the rank."""
@@ -111,24 +87,14 @@ class RandomModel:
             lora_b.normal_(std=_LORA_B_STD, generator=generator)
         return repack(fresh, weights)
 
-    def _linear(
-        self, layer: int, module: str, quantization: Quantization, low_memory: bool
-    ) -> QuantizedLinear:
-        name = module_path(layer, module)
-        return encode(
-            self.tensor(f"{name}.weight"),
-            format=resolve_format(self.config, quantization),
-            dtype=self.dtype,
-            bias=self.tensor(f"{name}.bias") if self.config.has_bias(module) else None,
-            expanded=self.device.type == "cpu" and not low_memory,
-        )
-
-    def _size(self, name: str) -> tuple[int, ...]:
-        path, _, kind = name.rpartition(".")
-        owner = path.rpartition(".")[2]
-        if owner in MODULES:
-            in_features, out_features = self.config.module_shapes[owner]
-            return (out_features, in_features) if kind == "weight" else (out_features,)
-        if owner in ("embed_tokens", "lm_head"):
-            return (self.config.vocab_size, self.config.hidden_size)
-        return (self.config.head_dim if owner in ("q_norm", "k_norm") else self.config.hidden_size,)
+    def _parts(self, layer: int, group: tuple[str, ...], linear: QuantizedLinear) -> dict[str, Tensor]:
+        """Weights and biases of the modules that a fused linear layer computes side by side."""
+        sizes = [self.config.module_shapes[module][1] for module in group]
+        parts: dict[str, Tensor] = {}
+        for module, weight in zip(group, torch.split(linear.weight_dense(), sizes), strict=True):
+            parts[f"{module_path(layer, module)}.weight"] = weight
+        if linear.bias is not None:
+            for module, bias in zip(group, torch.split(linear.bias, sizes), strict=True):
+                if self.config.has_bias(module):
+                    parts[f"{module_path(layer, module)}.bias"] = bias
+        return parts

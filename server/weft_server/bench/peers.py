@@ -60,10 +60,9 @@ def build_peer(model: RandomModel, quantization: PeerFormat) -> PeerModel:
     # Its frequencies are no part of a checkpoint, so they are computed anew rather than left on `meta`.
     rotary = peer.model.rotary_emb
     peer.model.rotary_emb = type(rotary)(config).to(model.device)
-    for name in model.names():
+    for name, tensor in model.tensors().items():
         owner_name, _, kind = name.rpartition(".")
         owner = peer.get_submodule(owner_name)
-        tensor = model.tensor(name)
         if quantization == "nf4" and owner_name.rpartition(".")[2] in MODULES and kind == "weight":
             _replace(peer, owner_name, _linear_4bit(tensor, owner))
         else:

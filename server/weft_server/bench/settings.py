@@ -8,13 +8,15 @@ from typing import cast
 
 import torch
 
-from weft_server.bench.ceilings import Ceilings, measure_ceilings
+from weft_server.bench import ceilings
+from weft_server.bench.ceilings import Ceilings
 from weft_server.bench.models import RandomModel
 from weft_server.bench.report import Report
 from weft_server.bench.shapes import read_shape
 from weft_server.engine.sizing import choose_device, use_device
 from weft_server.model.loading import Quantization
 
+_CEILINGS_S = 2.0
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -78,10 +80,14 @@ def read_setting(arguments: argparse.Namespace) -> Setting:
     return Setting(model, quantization, arguments.budget_s, arguments.seed)
 
 
-def add_ceilings(report: Report, setting: Setting) -> Ceilings:
-    """Measure the hardware's ceilings and put them into the report."""
-    ceilings = measure_ceilings(setting.device, setting.model.dtype)
+def measure_ceilings(setting: Setting) -> Ceilings:
+    """The hardware's ceilings now."""
+    budget_s = min(_CEILINGS_S, setting.budget_s)
+    return ceilings.measure_ceilings(setting.device, setting.model.dtype, budget_s=budget_s)
+
+
+def add_ceilings(report: Report, measured: Ceilings) -> None:
+    """Put ceilings into the report."""
     table = report.table("Ceilings measured in this run", ("ceiling", "value", "unit"))
-    for row in ceilings.rows():
+    for row in measured.rows():
         table.add(*row)
-    return ceilings

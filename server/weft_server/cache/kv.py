@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 
 class KvCache:
-    """Paged keys and values, one pair of tensors per layer, each `[num_blocks, block_size, Hkv, D]`."""
+    """Paged keys and values, one pair of tensors per layer, each `[num_blocks, block_size, Hkv, D]`.
+
+    A token's slot is block id · block size + offset.
+    """
 
     def __init__(
         self,
@@ -36,8 +38,3 @@ class KvCache:
         """Bytes that one cached token takes in one layer."""
         keys = self.keys[0]
         return 2 * keys.shape[2] * keys.shape[3] * keys.element_size()
-
-    def write(self, layer: int, slot_mapping: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store `[T, Hkv, D]` keys and values at `slot_mapping` `[T]` (block id · block size + offset)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slot_mapping, k)
-        self.values[layer].flatten(0, 1).index_copy_(0, slot_mapping, v)

@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from weft_scheduler.cost import PlanFeatures
+from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.plan import BackwardSlice, Segment, SegmentKind, StepPlan
 from weft_server.adapters.arena import AdapterArena

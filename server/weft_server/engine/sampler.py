@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft_kernels.sampling import draw
 from weft_kernels.transfer import upload, upload_indices
 from weft_server.engine.history import TokenHistory
 from weft_server.protocol import SamplingParams
@@ -112,11 +113,8 @@ def _draw(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         scores = scores.masked_fill(scores < floor, -torch.inf)
     if any(row.params.top_k is not None or row.params.top_p < 1 for row in rows):
         scores = _filter_top(scores, rows)
-    cumulative = torch.softmax(scores, dim=-1).double().cumsum(dim=-1)
-    draws = [uniform(row.params.seed, row.choice_idx, row.position) for row in rows]
-    target = upload(draws, torch.float64, device).unsqueeze(1) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return drawn.clamp_(max=scores.shape[-1] - 1)
+    uniforms = [uniform(row.params.seed, row.choice_idx, row.position) for row in rows]
+    return draw(scores, upload(uniforms, torch.float64, device))
 
 
 def _filter_top(scores: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

@@ -13,15 +13,21 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from weft_kernels.lora import LoraBatch, LoraDropout, LoraEntry, lora_backward, lora_forward
 from weft_kernels.nf4 import MAX_FUSED_ROWS
+from weft_kernels.norm import add_rms_norm, rms_norm_backward
+from weft_kernels.rope import KvSlots, rotate_backward, rotate_queries, write_rotated
+from weft_kernels.sampling import draw
+from weft_kernels.swiglu import swiglu, swiglu_backward
 from weft_server.adapters.arena import AdapterArena
 from weft_server.adapters.image import HostImage
 from weft_server.adapters.layout import AdapterLayout, ModuleShapes
 from weft_server.adapters.paths import MODULE_GROUPS, MODULES
 from weft_server.model.decoder import Decoder
 from weft_server.model.weights import DecoderWeights
+from weft_server.training.loss import loss_head
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +41,7 @@ def warm_up(decoder: Decoder, arena: AdapterArena) -> None:
         return
     started = time.perf_counter()
     warm_linears(decoder.weights)
+    warm_rows(decoder)
     warm_lora(arena, decoder.config.num_layers, decoder.config.module_shapes)
     torch.cuda.synchronize(decoder.device)
     log.info("compiled and loaded the kernels in %.1f s", time.perf_counter() - started)
@@ -47,6 +54,31 @@ def warm_linears(weights: DecoderWeights) -> None:
         for num_rows in (*TILES, MAX_FUSED_ROWS + 1):
             x = torch.zeros(num_rows, linear.in_features, dtype=weights.dtype, device=weights.device)
             linear.input_grad(linear.forward(x))
+
+
+@torch.no_grad()
+def warm_rows(decoder: Decoder) -> None:
+    """What works row by row: norms, rotation, activation, loss head and drawing, forward and backward."""
+    config, weights, device = decoder.config, decoder.weights, decoder.device
+    layer = weights.layers[0]
+
+    def zeros(*shape: int, dtype: torch.dtype = decoder.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    rows, indices = zeros(1, config.hidden_size), zeros(1, dtype=torch.int64)
+    add_rms_norm(rows, rows.clone(), layer.post_attention_norm, config.rms_norm_eps)
+    rms_norm_backward(rows, layer.input_norm, rows, config.rms_norm_eps, rows)
+    loss_head(rows, indices, indices, weights.norm, weights.lm_head, eps=config.rms_norm_eps)
+    gate_up = zeros(1, 2 * config.intermediate_size)
+    swiglu_backward(gate_up, swiglu(gate_up))
+    draw(zeros(1, config.vocab_size, dtype=torch.float32), zeros(1, dtype=torch.float64))
+    kv_shape = (1, config.num_kv_heads, config.head_dim)
+    qkv = zeros(1, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    rotation, norms = decoder.rotary.at(indices), decoder.head_norms(layer)
+    q = write_rotated(qkv, rotation, norms, KvSlots(zeros(1, *kv_shape), zeros(1, *kv_shape), indices))
+    rotate_queries(qkv, rotation, norms, config.num_kv_heads)
+    d_kv = zeros(*kv_shape, dtype=torch.float32)
+    rotate_backward(qkv, rotation, norms, q, d_kv, d_kv)
 
 
 def warm_lora(arena: AdapterArena, num_layers: int, shapes: ModuleShapes) -> None:

@@ -101,6 +101,8 @@ class ModelConfig:
         Raises:
             ModelError: an unsupported architecture or feature, a missing or impossible field; each is named.
         """
+        if not isinstance(hf_config, Mapping):
+            raise ModelError(f"config.json holds a {type(hf_config).__name__}; it should hold an object")
         fields = ConfigFields(hf_config)
         family = _read_family(fields)
         for name, neutral in _UNSUPPORTED_UNLESS.items():
@@ -206,6 +208,8 @@ def _read_family(fields: ConfigFields) -> Family:
     supported = ", ".join(_ARCHITECTURES.values())
     families: tuple[Family, ...] = get_args(Family)
     architectures = fields.get("architectures")
+    if model_type is None:
+        raise fields.bad("model_type", f"one of {', '.join(get_args(Family))}")
     if architectures is not None and not isinstance(architectures, list):
         raise fields.bad("architectures", "a list")
     for family in families:

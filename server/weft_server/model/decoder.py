@@ -18,9 +18,12 @@ from torch import Tensor
 
 from weft_kernels.attention import Vjp, chunk_vjp, gather_keys, paged_attention
 from weft_kernels.lora import LoraTable, lora_backward, lora_forward
+from weft_kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
+from weft_kernels.rope import HeadNorms, KvSlots, Rotation, rotate_backward, rotate_queries, write_rotated
+from weft_kernels.swiglu import swiglu, swiglu_backward
 from weft_server.cache.kv import KvCache
 from weft_server.model.batch import TokenBatch
-from weft_server.model.rope import RotaryTable, apply_rope
+from weft_server.model.rope import RotaryTable
 from weft_server.model.weights import DecoderWeights, LayerWeights
 from weft_server.quant.linear import QuantizedLinear
 
@@ -55,10 +58,9 @@ class _Activations:
     """What the backward of a layer recomputes before it descends, for `T` rows."""
 
     normed_in: Tensor  # [T, hidden]
-    qk_raw: Tensor  # [T, H + Hkv, D] before q/k norm and rotation
+    qkv: Tensor  # [T, (H + 2 Hkv) D] before q/k norm and rotation
     q: Tensor  # [T, H, D] rotated
-    cos: Tensor
-    sin: Tensor
+    rotation: Rotation
 
 
 class Decoder:
@@ -85,8 +87,8 @@ class Decoder:
         """Token ids `[T]` to hidden states `[T, hidden]`."""
         return F.embedding(token_ids, self.weights.embed)
 
-    def rotation(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """`(cos, sin)` of a batch: computed once, used by all layers."""
+    def rotation(self, batch: TokenBatch) -> Rotation:
+        """Rotation of a batch's positions: computed once, used by all layers."""
         return self.rotary.at(batch.positions)
 
     def forward_layer(
@@ -96,23 +98,22 @@ class Decoder:
         batch: TokenBatch,
         cache: KvCache,
         table: LoraTable,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Rotation,
     ) -> Tensor:
         """One layer over a flat batch `[T, hidden]`; writes its keys and values to the cache, then reads
         them."""
         weights = self.weights.layers[layer]
         x = self._norm(hidden, weights.input_norm)
         qkv = self._linear(weights.qkv, x, table, layer, QKV, self._qkv_widths, batch)
-        qk_raw, v = self._split_qkv(qkv)
-        q, k = self._rotate(weights, qk_raw, *rotation)
-        cache.write(layer, batch.slot_mapping, k, v)
+        slots = KvSlots(cache.keys[layer], cache.values[layer], batch.slot_mapping)
+        q = write_rotated(qkv, rotation, self.head_norms(weights), slots)
         context = self._attend(layer, q, batch, cache)
-        hidden = hidden + self._linear(weights.o, context, table, layer, O, (self.config.hidden_size,), batch)
-        x = self._norm(hidden, weights.post_attention_norm)
+        mid = self._linear(weights.o, context, table, layer, O, (self.config.hidden_size,), batch)
+        x = add_rms_norm(mid, hidden, weights.post_attention_norm, self.config.rms_norm_eps)
         gate_up = self._linear(weights.gate_up, x, table, layer, GATE_UP, self._mlp_widths, batch)
-        gate, up = gate_up.chunk(2, dim=-1)
-        x = F.silu(gate) * up
-        return hidden + self._linear(weights.down, x, table, layer, DOWN, (self.config.hidden_size,), batch)
+        x = swiglu(gate_up)
+        down = self._linear(weights.down, x, table, layer, DOWN, (self.config.hidden_size,), batch)
+        return down.add_(mid)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: `[T, hidden]` to `[T, vocab]` in the compute dtype."""
@@ -149,8 +150,8 @@ class Decoder:
         weights = self.weights.layers[layer]
         acts = self._recompute_queries(layer, hidden, batch, table)
         context, vjps = self._attend_with_vjp(layer, acts.q, batch, cache)
-        mid = hidden + self._linear(weights.o, context, table, layer, O, (self.config.hidden_size,), batch)
-        d_mid = d_out + self._backward_mlp(layer, mid, d_out, batch, table, grads)
+        mid = self._linear(weights.o, context, table, layer, O, (self.config.hidden_size,), batch)
+        d_mid = self._backward_mlp(layer, mid, hidden, d_out, batch, table, grads)
         d_context = weights.o.input_grad(d_mid)
         if batch.lora is not None:
             widths = (self.config.hidden_size,)
@@ -158,7 +159,8 @@ class Decoder:
                 context, d_mid, d_context, grads, table, layer, O, widths, batch.lora, batch.dropout
             )
         d_q = self._backward_attention(d_context.view_as(acts.q), vjps, batch, chunk_keys)
-        d_qkv = self._backward_rotation(weights, acts, d_q, _complete_rows(chunk_keys, self.dtype))
+        d_k, d_v = _complete_rows(chunk_keys)
+        d_qkv = rotate_backward(acts.qkv, acts.rotation, self.head_norms(weights), d_q, d_k, d_v)
         d_normed = weights.qkv.input_grad(d_qkv)
         if batch.lora is not None:
             lora_backward(
@@ -173,7 +175,7 @@ class Decoder:
                 batch.lora,
                 batch.dropout,
             )
-        return d_mid + rms_norm_backward(hidden, weights.input_norm, d_normed, self.config.rms_norm_eps)
+        return rms_norm_backward(hidden, weights.input_norm, d_normed, self.config.rms_norm_eps, d_mid)
 
     def _recompute_queries(
         self, layer: int, hidden: Tensor, batch: TokenBatch, table: LoraTable
@@ -181,37 +183,37 @@ class Decoder:
         weights = self.weights.layers[layer]
         normed = self._norm(hidden, weights.input_norm)
         qkv = self._linear(weights.qkv, normed, table, layer, QKV, self._qkv_widths, batch)
-        qk_raw, _ = self._split_qkv(qkv)
-        cos, sin = self.rotation(batch)
-        q, _ = self._rotate(weights, qk_raw, cos, sin)
-        return _Activations(normed, qk_raw, q, cos, sin)
+        rotation = self.rotation(batch)
+        q = rotate_queries(qkv, rotation, self.head_norms(weights), self.config.num_kv_heads)
+        return _Activations(normed, qkv, q, rotation)
 
     def _backward_mlp(
         self,
         layer: int,
         mid: Tensor,
+        residual: Tensor,
         d_out: Tensor,
         batch: TokenBatch,
         table: LoraTable,
         grads: Mapping[int, Tensor],
     ) -> Tensor:
+        """Cotangent of the sum of `mid` and `residual` (`mid` is overwritten with it), given the layer's."""
         weights, lora, dropout = self.weights.layers[layer], batch.lora, batch.dropout
-        normed = self._norm(mid, weights.post_attention_norm)
+        eps = self.config.rms_norm_eps
+        normed = add_rms_norm(mid, residual, weights.post_attention_norm, eps)
         gate_up = self._linear(weights.gate_up, normed, table, layer, GATE_UP, self._mlp_widths, batch)
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
         d_product = weights.down.input_grad(d_out)
         if lora is not None:
             widths = (self.config.hidden_size,)
-            lora_backward(activated * up, d_out, d_product, grads, table, layer, DOWN, widths, lora, dropout)
-        d_gate = torch.ops.aten.silu_backward(d_product * up, gate)
-        d_gate_up = torch.cat((d_gate, d_product * activated), dim=-1)
+            product = swiglu(gate_up)
+            lora_backward(product, d_out, d_product, grads, table, layer, DOWN, widths, lora, dropout)
+        d_gate_up = swiglu_backward(gate_up, d_product)
         d_normed = weights.gate_up.input_grad(d_gate_up)
         if lora is not None:
             lora_backward(
                 normed, d_gate_up, d_normed, grads, table, layer, GATE_UP, self._mlp_widths, lora, dropout
             )
-        return rms_norm_backward(mid, weights.post_attention_norm, d_normed, self.config.rms_norm_eps)
+        return rms_norm_backward(mid, weights.post_attention_norm, d_normed, eps, d_out)
 
     def _attend_with_vjp(
         self, layer: int, q: Tensor, batch: TokenBatch, cache: KvCache
@@ -238,26 +240,10 @@ class Decoder:
             d_q.append(d_q_rows)
         return torch.cat(d_q)
 
-    def _backward_rotation(
-        self, weights: LayerWeights, acts: _Activations, d_q: Tensor, d_kv: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        d_k, d_v = d_kv
-        d_qk = apply_rope(torch.cat((d_q, d_k), dim=1), acts.cos, -acts.sin)
-        if weights.q_norm is not None and weights.k_norm is not None:
-            heads, eps = self.config.num_heads, self.config.rms_norm_eps
-            d_qk = torch.cat(
-                (
-                    rms_norm_backward(acts.qk_raw[:, :heads], weights.q_norm, d_qk[:, :heads], eps),
-                    rms_norm_backward(acts.qk_raw[:, heads:], weights.k_norm, d_qk[:, heads:], eps),
-                ),
-                dim=1,
-            )
-        return torch.cat((d_qk.flatten(1), d_v.flatten(1)), dim=1)
-
     # ------------------------------------------------------------ parts
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        return rms_norm(x, weight, self.config.rms_norm_eps)
 
     def _linear(
         self,
@@ -274,19 +260,11 @@ class Decoder:
             lora_forward(x, y, table, layer, modules, widths, batch.lora, batch.dropout)
         return y
 
-    def _split_qkv(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        head_dim = self.config.head_dim
-        num_rows, width = len(qkv), self._q_size + self._kv_size
-        return qkv[:, :width].view(num_rows, -1, head_dim), qkv[:, width:].view(num_rows, -1, head_dim)
-
-    def _rotate(self, weights: LayerWeights, qk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        heads = self.config.num_heads
-        if weights.q_norm is not None and weights.k_norm is not None:
-            qk = torch.cat(
-                (self._norm(qk[:, :heads], weights.q_norm), self._norm(qk[:, heads:], weights.k_norm)), dim=1
-            )
-        qk = apply_rope(qk, cos, sin)
-        return qk[:, :heads], qk[:, heads:]
+    def head_norms(self, weights: LayerWeights) -> HeadNorms | None:
+        """The norms of a layer's query and key heads, in families that have them."""
+        if weights.q_norm is None or weights.k_norm is None:
+            return None
+        return HeadNorms(weights.q_norm, weights.k_norm, self.config.rms_norm_eps)
 
     def _attend(self, layer: int, q: Tensor, batch: TokenBatch, cache: KvCache) -> Tensor:
         context = paged_attention(
@@ -300,20 +278,12 @@ class Decoder:
         return context.flatten(1)
 
 
-def _complete_rows(chunk_keys: Sequence[ChunkKeys], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Complete key and value gradients of the window's rows, `[T, Hkv, D]` each, pack after pack."""
+def _complete_rows(chunk_keys: Sequence[ChunkKeys]) -> tuple[Tensor, Tensor]:
+    """Complete key and value gradients of the window's rows, `[T, Hkv, D]` each, pack after pack, in the
+    accumulators' dtype."""
     packs = list({id(target.gradients): target.gradients for target in chunk_keys}.values())
+    if len(packs) == 1:
+        return packs[0].d_k[packs[0].rows], packs[0].d_v[packs[0].rows]
     d_k = torch.cat([pack.d_k[pack.rows] for pack in packs])
     d_v = torch.cat([pack.d_v[pack.rows] for pack in packs])
-    return d_k.to(dtype), d_v.to(dtype)
-
-
-def rms_norm_backward(x: Tensor, weight: Tensor, d_y: Tensor, eps: float) -> Tensor:
-    """Cotangent of `x` for `y = weight · x / sqrt(mean(x²) + eps)` over the last axis; fp32 inside (fp64
-    stays fp64)."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x_wide, d_hat = x.to(wide), d_y.to(wide) * weight.to(wide)
-    inverse = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-    x_hat = x_wide * inverse
-    d_x = inverse * (d_hat - x_hat * (d_hat * x_hat).mean(-1, keepdim=True))
-    return d_x.to(x.dtype)
+    return d_k, d_v

@@ -1,8 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021) and the scalings that published checkpoints use.
-
-A rotation is orthogonal up to the scaling's attention factor, so its backward is the same function with the
-sine negated: `apply_rope(d_y, cos, -sin)`.
-"""
+"""Angles of rotary position embeddings (Su et al. 2021) with the scalings that published checkpoints use."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from weft_kernels.rope import Rotation
 from weft_server.model.config import ModelConfig, RopeConfig
 
 
@@ -29,20 +26,12 @@ class RotaryTable:
         self._cos = (angles.cos() * attention_factor).to(device=device, dtype=dtype)
         self._sin = (angles.sin() * attention_factor).to(device=device, dtype=dtype)
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`(cos, sin)` of positions `[T]`, each `[T, 1, D]` to broadcast over heads."""
-        return (
+    def at(self, positions: Tensor) -> Rotation:
+        """Cosines and sines of positions `[T]`, each `[T, 1, D]` to broadcast over heads."""
+        return Rotation(
             self._cos.index_select(0, positions).unsqueeze(1),
             self._sin.index_select(0, positions).unsqueeze(1),
         )
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `[T, heads, D]` by `(cos, sin)` `[T, 1, D]`; halves are paired as in Hugging Face
-    checkpoints."""
-    half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + rotated * sin
 
 
 def _number(rope: RopeConfig, name: str, default: float | None = None) -> float:

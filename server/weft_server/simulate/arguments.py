@@ -6,8 +6,10 @@ Imports nothing that draws or computes, so that `weft --help` stays quick.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 from weft_scheduler.simulator.gpus import GPUS
 from weft_scheduler.simulator.jobs import JobSpec
@@ -19,6 +21,8 @@ POLICY_NAMES = ("weft", "static-cap", "alternating", "no-coserving")
 _JOB_KEYS = ("batch", "tokens", "max_tokens", "steps", "rank", "tenants")
 _SLO_KEYS = ("tpot", "ttft", "percentile")
 MAX_REPLICAS = 256
+MIN_CONTEXT = 16
+_Number = TypeVar("_Number", int, float)
 
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +48,7 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--quantization", default="nf4", choices=tuple(WEIGHT_BYTES), help="weights (default: %(default)s)"
     )
-    what.add_argument("--max-model-len", type=_whole, metavar="N", help="context (default: the model's)")
+    what.add_argument("--max-model-len", type=_context, metavar="N", help="context (default: the model's)")
     what.add_argument(
         "--jobs",
         default="1",
@@ -88,31 +92,35 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number above 0")
-    return value
+    return _checked(text, float, lambda value: 0.0 < value < inf, "a number above 0")
 
 
 def _from_zero(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number from 0")
-    return value
+    return _checked(text, float, lambda value: 0.0 <= value < inf, "a number from 0")
 
 
 def _whole(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a whole number from 1")
-    return value
+    return _checked(text, int, lambda value: value >= 1, "a whole number from 1")
+
+
+def _context(text: str) -> int:
+    return _checked(text, int, lambda value: value >= MIN_CONTEXT, f"a whole number from {MIN_CONTEXT}")
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a whole number from 0")
-    return value
+    return _checked(text, int, lambda value: value >= 0, "a whole number from 0")
+
+
+def _checked(
+    text: str, kind: Callable[[str], _Number], is_allowed: Callable[[_Number], bool], wanted: str
+) -> _Number:
+    try:
+        value = kind(text)
+        if is_allowed(value):
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
 
 
 def read_jobs(text: str) -> tuple[JobSpec, ...]:
@@ -131,6 +139,9 @@ def read_jobs(text: str) -> tuple[JobSpec, ...]:
     names |= {"steps": "num_steps", "rank": "rank"}
     options = {names[key]: value for key, value in values.items()}
     options.setdefault("max_example_tokens", max(2048, 4 * options.get("example_tokens", 0)))
+    tokens, most = options.get("example_tokens", 0), options["max_example_tokens"]
+    if tokens > most:
+        raise ConfigError(f"--jobs: tokens={tokens} is above max_tokens={most}: raise max_tokens.")
     return tuple(JobSpec(f"job-{idx}", f"trainer-{idx % num_tenants:02d}", **options) for idx in range(num))
 
 
@@ -157,10 +168,14 @@ def read_weights(text: str, tenants: Sequence[str]) -> dict[str, float]:
     Raises:
         ConfigError: an unknown tenant, or a weight that is not positive.
     """
-    return {
-        name: _number(f"--weights: {name}", value)
-        for name, value in _pairs("--weights", text, tenants).items()
-    }
+    pairs = _pairs("--weights", text, None)
+    unknown = sorted(set(pairs) - set(tenants))
+    if unknown:
+        raise ConfigError(
+            f"--weights: there is no tenant {unknown[0]!r} in this simulation. Tenants: "
+            f"{_first_few(tenants)}."
+        )
+    return {name: _number(f"--weights: {name}", value) for name, value in pairs.items()}
 
 
 def read_ranks(text: str) -> tuple[int, ...]:
@@ -188,14 +203,17 @@ def read_window(text: str) -> tuple[float, float]:
     return window
 
 
-def _pairs(flag: str, text: str, allowed: Sequence[str]) -> Mapping[str, str]:
+def _first_few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _pairs(flag: str, text: str, allowed: Sequence[str] | None) -> Mapping[str, str]:
     pairs: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
-        if key not in allowed or not equals:
-            raise ConfigError(
-                f"{flag}: {part!r} is not allowed. Allowed: KEY=VALUE with {', '.join(allowed)}."
-            )
+        if not equals or (allowed is not None and key not in allowed):
+            keys = "" if allowed is None else f" with {', '.join(allowed)}"
+            raise ConfigError(f"{flag}: {part!r} is not allowed. Allowed: KEY=VALUE{keys}.")
         pairs[key] = value
     return pairs
 

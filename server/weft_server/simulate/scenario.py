@@ -75,6 +75,7 @@ def read_scenario(options: argparse.Namespace) -> Scenario:
         max_pack_tokens=fitted.max_pack_tokens if fitted else None,
     )
     _check_adapters(setup)
+    _check_examples(setup)
     return Scenario(trace, setup, shape.name, options.gpu, "as served" if fitted else options.quantization)
 
 
@@ -127,6 +128,11 @@ def _read_device(
             )
         return gpu, fitted.limits, FittedDevice(fitted.cost), fitted
     gpu = GPUS[name]
+    if options.max_model_len is not None and options.max_model_len > shape.max_model_len:
+        raise ConfigError(
+            f"--max-model-len: {options.max_model_len} is not allowed. Allowed: at most "
+            f"{shape.max_model_len}, the positions of {shape.name}."
+        )
     try:
         # A static cap is kept by windows of its size.
         window = StaticCapPolicy().max_train_tokens if options.policy == "static-cap" else gpu.window_tokens
@@ -173,6 +179,20 @@ def _read_trace(options: argparse.Namespace, limits: Limits) -> Trace:
     if options.tenants is not None:
         trace = spread_over_tenants(trace, options.tenants, options.seed)
     return spread_over_adapters(trace, options.adapters, options.seed)
+
+
+def _check_examples(setup: Setup) -> None:
+    """Refuse examples that no pack can hold.
+
+    Raises:
+        ConfigError: naming their length and the longest allowed.
+    """
+    longest = max((job.example_tokens for job in setup.jobs), default=0)
+    if longest > setup.limits.max_pack_tokens:
+        raise ConfigError(
+            f"--jobs: examples of {longest} tokens do not fit the memory for finetuning: give at most "
+            f"tokens={setup.limits.max_pack_tokens}"
+        )
 
 
 def _check_adapters(setup: Setup) -> None:

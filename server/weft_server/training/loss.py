@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from weft_server.model.decoder import rms_norm_backward
+from weft_kernels.cross_entropy import linear_cross_entropy
+from weft_kernels.norm import rms_norm, rms_norm_backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ def loss_head(
 ) -> WindowLoss:
     """Final norm, frozen head and cross-entropy of `[T, hidden]` against `labels` `[T]`, with the gradient.
 
-    `trained` `[n]` int64 are the rows that have a label. Only they are computed, `chunk_rows` at a time.
-    Log-probabilities are fp32 (fp64 for fp64 inputs).
+    `trained` `[n]` int64 are the rows that have a label. Only they are computed, `chunk_rows` at a time and
+    a part of the vocabulary at a time. Log-probabilities are fp32 (fp64 for fp64 inputs).
     """
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = torch.zeros(len(labels), dtype=wide, device=hidden.device)
@@ -43,12 +43,8 @@ def loss_head(
     d_hidden = torch.zeros_like(hidden)
     for rows in torch.split(trained, chunk_rows):
         x, target = hidden.index_select(0, rows), labels.index_select(0, rows)
-        normed = F.rms_norm(x, (x.shape[-1],), norm, eps)
-        log_probs = F.log_softmax(F.linear(normed, lm_head).to(wide), dim=-1)
-        loss.index_copy_(0, rows, F.nll_loss(log_probs, target, reduction="none"))
-        correct.index_copy_(0, rows, log_probs.argmax(-1) == target)
-        d_logits = log_probs.exp_()
-        d_logits.scatter_add_(1, target.unsqueeze(1), d_logits.new_full((len(rows), 1), -1.0))
-        d_normed = d_logits.to(hidden.dtype) @ lm_head
-        d_hidden.index_copy_(0, rows, rms_norm_backward(x, norm, d_normed, eps))
+        head = linear_cross_entropy(rms_norm(x, norm, eps), lm_head, target)
+        loss.index_copy_(0, rows, head.loss)
+        correct.index_copy_(0, rows, head.correct)
+        d_hidden.index_copy_(0, rows, rms_norm_backward(x, norm, head.d_x, eps))
     return WindowLoss(loss, correct, d_hidden)

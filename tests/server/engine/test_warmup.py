@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from unittest import mock
 
@@ -51,6 +52,27 @@ def test_every_tile_runs_once_forward_and_backward_and_leaves_the_arena_empty(ar
     expected = set(itertools.product(groups, (16, 32, 64), (16, 32, 64), (False, True)))
     assert launched == {"lora_forward": expected, "lora_backward": expected}
     _assert_empty(arena)
+
+
+def test_the_row_wise_kernels_of_every_op_are_launched(weights):
+    names = (
+        "add_rms_norm",
+        "rms_norm_backward",
+        "swiglu",
+        "swiglu_backward",
+        "write_rotated",
+        "rotate_queries",
+        "rotate_backward",
+        "loss_head",
+        "draw",
+    )
+    with contextlib.ExitStack() as stack:
+        spies = [
+            stack.enter_context(mock.patch.object(warmup, name, wraps=getattr(warmup, name)))
+            for name in names
+        ]
+        warmup.warm_rows(Decoder(weights, max_positions=8))
+    assert [spy.call_count for spy in spies] == [1] * len(names)
 
 
 def test_an_arena_too_small_for_the_dummy_adapter_is_no_error(weights):

@@ -109,7 +109,7 @@ class ScriptedEngine:
 
 
 def _build(_config: EngineConfig, _blobs: BlobIO, recorder: FlightRecorder) -> BuiltEngine:
-    return BuiltEngine(cast(Any, ScriptedEngine(recorder)), READY, dict)
+    return BuiltEngine(cast(Any, ScriptedEngine(recorder)), READY, cast(Any, None), dict)
 
 
 if __name__ == "__main__":

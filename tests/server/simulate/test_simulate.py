@@ -88,7 +88,7 @@ def test_the_json_holds_the_report_and_the_curves(trace: str, tmp_path: Path) ->
 
 
 def test_enough_gpus_are_found(trace: str, capsys: pytest.CaptureFixture[str]) -> None:
-    load = ["--gpu", "a100", "--rate-scale", "30", "--slo", "ttft=150"]
+    load = ["--gpu", "a100", "--rate-scale", "30", "--slo", "ttft=250"]
     assert cli.main(["simulate", trace, *load, "--plan-gpus", "16"]) == 0
     assert "GPUs for 95 % of the requests" in capsys.readouterr().out
     assert cli.main(["simulate", trace, "--slo", "ttft=0.001", "--plan-gpus", "1"]) == 0
@@ -135,10 +135,13 @@ def test_a_device_fitted_by_a_server_is_simulated(
         (["{trace}", "--slo", "speed=3"], "'speed=3' is not allowed. Allowed: KEY=VALUE with tpot, ttft"),
         (["{trace}", "--slo", "tpot=-1"], "--slo: tpot: '-1' is not allowed"),
         (["{trace}", "--slo", "percentile=101"], "101 is not allowed"),
-        (["{trace}", "--weights", "nobody=2"], "'nobody=2' is not allowed. Allowed: KEY=VALUE with default"),
+        (
+            ["{trace}", "--weights", "nobody=2"],
+            "there is no tenant 'nobody' in this simulation. Tenants: default",
+        ),
         (["{trace}", "--window", "3"], "--window: '3' is not allowed"),
-        (["{trace}", "--rate", "0"], "0 is not allowed; give a number above 0"),
-        (["{trace}", "--tenants", "0"], "0 is not allowed; give a whole number from 1"),
+        (["{trace}", "--rate", "0"], "'0' is not allowed; give a number above 0"),
+        (["{trace}", "--tenants", "0"], "'0' is not allowed; give a whole number from 1"),
         (["{trace}", "--adapters", "3", "--adapter-ranks", "big"], "--adapter-ranks: 'big'"),
         (["{trace}", "--duration", "1", "--start", "500"], "no request arrives from 500 s on"),
         (["{trace}", "--json", "/nowhere/x.json", "--duration", "1"], "--json /nowhere/x.json: cannot be"),
@@ -247,3 +250,30 @@ def test_the_real_trace_keeps_its_targets_beside_a_job(tmp_path: Path) -> None:
     document: dict[str, Any] = json.loads(file.read_text())
     assert document["report"]["attainment"] > 0.95
     assert document["report"]["kept"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--rate", "abc"), ("'abc'", "above 0")),
+        (("--max-model-len", "1"), ("'1'", "from 16")),
+        (("--max-model-len", "999999999"), ("999999999", "131072", "llama-3.1-8b")),
+        (("--weights", "nobody=2"), ("'nobody'", "Tenants")),
+        (("--jobs", "1:tokens=4000,max_tokens=10"), ("tokens=4000", "max_tokens=10")),
+        (("--jobs", "1:tokens=100000000"), ("100000000", "at most")),
+        (("--model", "llama-3.1-70b", "--gpu", "l4"), ("choose a larger device",)),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_with_the_remedy(
+    trace: str, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    message = refused(capsys, trace, *arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("content", "word"), [("[1, 2]", "list"), ("{}", "model_type")])
+def test_a_config_that_is_none_is_refused(
+    trace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, word: str
+) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert word in refused(capsys, trace, "--model", str(tmp_path / "config.json"))

@@ -20,7 +20,8 @@ def cases(subject: Subject) -> Iterator[OpCase]:
     """One row, a decode batch, a few windows and a mixed batch, forward; the larger ones backward."""
     for quantization in FORMATS:
         # Packed weights stay packed, on a CPU too: their kernels are what is measured.
-        layer = subject.model.weft_weights(quantization, low_memory=True).layers[0]
+        is_packed = quantization != "none"
+        layer = subject.model.weft_weights(quantization, low_memory=is_packed).layers[0]
         for name, linear in (
             ("qkv", layer.qkv),
             ("o", layer.o),
@@ -45,7 +46,7 @@ def _forward(subject: Subject, name: str, linear: QuantizedLinear, num_rows: int
         num_bytes=linear.nbytes + num_rows * (linear.in_features + linear.out_features) * x.element_size(),
         flops=2.0 * num_rows * linear.in_features * linear.out_features,
         run=lambda: linear.forward(x),
-        error=lambda: relative_error(linear.forward(x), x.float() @ linear.weight_dense().float().t()),
+        error=lambda: relative_error(linear.forward(x), _defined(linear, x)),
         peers=_peers(linear, x),
     )
 
@@ -64,6 +65,12 @@ def _input_grad(subject: Subject, name: str, linear: QuantizedLinear, num_rows: 
     )
 
 
+def _defined(linear: QuantizedLinear, x: Tensor) -> Tensor:
+    """The product and the bias in fp32, on the weight's values."""
+    y = x.float() @ linear.weight_dense().float().t()
+    return y if linear.bias is None else y + linear.bias.float()
+
+
 def _format(linear: QuantizedLinear) -> str:
     return "dense" if linear.packed is None else linear.format
 
@@ -71,7 +78,7 @@ def _format(linear: QuantizedLinear) -> str:
 def _peers(linear: QuantizedLinear, x: Tensor) -> dict[str, Call | None]:
     if linear.packed is None:
         dense = linear.weight_dense()
-        return {"torch": lambda: F.linear(x, dense)}
+        return {"torch": lambda: F.linear(x, dense, linear.bias)}
     if linear.format == "nf4":
         return {"bitsandbytes": _bitsandbytes(linear, x)}
     return {}
@@ -90,6 +97,6 @@ def _bitsandbytes(linear: QuantizedLinear, x: Tensor) -> Call | None:
 
     def product() -> object:
         with torch.no_grad():
-            return bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+            return bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state, bias=linear.bias)
 
     return product

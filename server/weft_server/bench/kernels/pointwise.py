@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft_kernels.norm import rms_norm_backward
+from weft_kernels.rope import KvSlots, write_rotated
 from weft_server.bench.kernels.case import OpCase, Subject, relative_error
 from weft_server.cache.kv import KvCache
-from weft_server.model.decoder import rms_norm_backward
-from weft_server.model.rope import RotaryTable, apply_rope
+from weft_server.model.rope import RotaryTable
 from weft_server.training.loss import loss_head
 
 _BLOCK_SIZE = 16
@@ -22,7 +23,6 @@ def cases(subject: Subject) -> Iterator[OpCase]:
     yield _norm_backward(subject, subject.num_mixed)
     for num_rows in (subject.num_decode, subject.num_mixed):
         yield _rope(subject, num_rows)
-        yield _cache_write(subject, num_rows)
     yield _loss_head(subject, 256)
 
 
@@ -32,7 +32,7 @@ def _norm_backward(subject: Subject, num_rows: int) -> OpCase:
         subject.randn(num_rows, config.hidden_size),
         subject.randn(num_rows, config.hidden_size, scale=0.5),
     )
-    weight, eps = subject.model.tensor("model.norm.weight"), config.rms_norm_eps
+    weight, eps = 1.0 + subject.randn(config.hidden_size, scale=0.1), config.rms_norm_eps
 
     def defined(dtype: torch.dtype) -> Tensor:
         leaf = x.detach().to(dtype).requires_grad_()
@@ -53,54 +53,44 @@ def _norm_backward(subject: Subject, num_rows: int) -> OpCase:
 
 def _rope(subject: Subject, num_rows: int) -> OpCase:
     config = subject.model.config
-    heads = config.num_heads + config.num_kv_heads
-    qk = subject.randn(num_rows, heads, config.head_dim)
+    num_heads, num_kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = subject.randn(num_rows, (num_heads + 2 * num_kv_heads) * head_dim)
     table = RotaryTable(config, max_positions=num_rows, dtype=subject.dtype, device=subject.device)
-    cos, sin = table.at(torch.arange(num_rows, device=subject.device))
-
-    def defined() -> Tensor:
-        """As complex numbers: each pair (i, i + D/2) turned by its angle."""
-        half = config.head_dim // 2
-        pairs = torch.complex(qk[..., :half].float(), qk[..., half:].float())
-        turned = pairs * torch.complex(cos[..., :half].float(), sin[..., :half].float())
-        return torch.cat((turned.real, turned.imag), dim=-1)
-
-    return OpCase(
-        op="rope",
-        shape=f"{num_rows} rows, {heads} heads",
-        num_bytes=2 * qk.nbytes + cos.nbytes + sin.nbytes,
-        flops=3.0 * qk.numel(),
-        run=lambda: apply_rope(qk, cos, sin),
-        error=lambda: relative_error(apply_rope(qk, cos, sin), defined()),
-    )
-
-
-def _cache_write(subject: Subject, num_rows: int) -> OpCase:
-    config = subject.model.config
+    rotation = table.at(torch.arange(num_rows, device=subject.device))
     cache = KvCache(
         num_layers=1,
         num_blocks=-(-4 * num_rows // _BLOCK_SIZE),
         block_size=_BLOCK_SIZE,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         dtype=subject.dtype,
         device=subject.device,
     )
-    k = subject.randn(num_rows, config.num_kv_heads, config.head_dim)
-    v = subject.randn(num_rows, config.num_kv_heads, config.head_dim, scale=0.5)
-    slots = torch.arange(num_rows, device=subject.device) * 3
+    slot_mapping = torch.arange(num_rows, device=subject.device) * 3
+    slots = KvSlots(cache.keys[0], cache.values[0], slot_mapping)
+
+    def defined() -> tuple[Tensor, Tensor, Tensor]:
+        """As complex numbers: each pair (i, i + D/2) turned by its angle."""
+        heads = qkv.view(num_rows, -1, head_dim)
+        q, k, v = torch.split_with_sizes(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        half = head_dim // 2
+        angle = torch.complex(rotation.cos[..., :half].float(), rotation.sin[..., :half].float())
+        turned = [torch.complex(x[..., :half].float(), x[..., half:].float()) * angle for x in (q, k)]
+        q_turned, k_turned = (torch.cat((x.real, x.imag), dim=-1) for x in turned)
+        return q_turned, k_turned, v
 
     def error() -> float:
-        cache.write(0, slots, k, v)
-        stored = [tensor[0].flatten(0, 1)[slots] for tensor in (cache.keys, cache.values)]
-        return max(relative_error(stored[0], k), relative_error(stored[1], v))
+        q, (q_wanted, k_wanted, v_wanted) = write_rotated(qkv, rotation, None, slots), defined()
+        k, v = (tensor[0].flatten(0, 1)[slot_mapping] for tensor in (cache.keys, cache.values))
+        pairs = ((q, q_wanted), (k, k_wanted), (v, v_wanted))
+        return max(relative_error(computed, wanted) for computed, wanted in pairs)
 
     return OpCase(
-        op="write to the cache",
-        shape=f"{num_rows} rows",
-        num_bytes=2 * (k.nbytes + v.nbytes),
-        flops=0.0,
-        run=lambda: cache.write(0, slots, k, v),
+        op="rope and write to the cache",
+        shape=f"{num_rows} rows, {num_heads} + {num_kv_heads} heads",
+        num_bytes=2 * qkv.nbytes + rotation.cos.nbytes + rotation.sin.nbytes,
+        flops=3.0 * num_rows * (num_heads + num_kv_heads) * head_dim,
+        run=lambda: write_rotated(qkv, rotation, None, slots),
         error=error,
     )
 
@@ -108,7 +98,8 @@ def _cache_write(subject: Subject, num_rows: int) -> OpCase:
 def _loss_head(subject: Subject, num_rows: int) -> OpCase:
     config = subject.model.config
     hidden = subject.randn(num_rows, config.hidden_size)
-    norm, head = subject.model.tensor("model.norm.weight"), subject.model.tensor("lm_head.weight")
+    norm = 1.0 + subject.randn(config.hidden_size, scale=0.1)
+    head = subject.randn(config.vocab_size, config.hidden_size, scale=0.02)
     labels = torch.arange(num_rows, device=subject.device) % config.vocab_size
     rows = torch.arange(num_rows, device=subject.device)
     eps = config.rms_norm_eps

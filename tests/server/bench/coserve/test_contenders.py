@@ -117,4 +117,4 @@ def test_the_peers_serve_and_train_in_a_window(generator, trainer, window, workl
     assert outcome.busy_s > 0.0
     trained = trainer.run(window(drain_s=0.0))
     steps = trained.details["num_steps"]
-    assert trained.trained_tokens == pytest.approx(steps * 4 * 48, abs=1.5 * 4 * 48)
+    assert trained.trained_tokens == pytest.approx(steps * 4 * 48, rel=0.1, abs=1.5 * 4 * 48)
