@@ -12,7 +12,8 @@ What may exceed the budget (everything else keeps `predicted_s` ≤ `budget_s`):
 
 Every decision advances the state at once. With several plans in flight, a plan is made as if no sequence
 ended before it: a token beyond the end is discarded at commit, and what is freed is reused only after the
-last plan that could read it has been committed.
+last plan that could read it has been committed. With one plan at a time, its backward may end early: what did
+not run is taken back at commit.
 """
 
 from __future__ import annotations
