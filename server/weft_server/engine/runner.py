@@ -31,8 +31,9 @@ from weft_server.training.loss import loss_head
 from weft_server.training.pack import Pack
 
 _PROMPT_LOGPROB_ROWS = 256
-_MAX_FUSED_TOKENS = 1024
-"""Rows of a fused backward call: enough for full speed, few enough for its scratch memory."""
+_MAX_FUSED_TOKENS = {"cpu": 256, "cuda": 1024}
+"""Rows of a fused backward call: enough for full speed, few enough for its scratch memory; on a CPU an
+arrival waits for one."""
 _GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Keys and values that one attention call over decode rows gathers: on a CPU what its cache holds."""
 
@@ -105,6 +106,7 @@ class Runner:
         self._window_tokens = window_tokens
         self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
         self._max_gathered_keys = max(1, _GATHER_BYTES[decoder.device.type] // cache.bytes_per_layer_token)
+        self._max_fused_windows = _MAX_FUSED_TOKENS[decoder.device.type] // window_tokens
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=decoder.device)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._sequences: dict[str, GeneratedSequence] = {}
@@ -371,7 +373,7 @@ class Runner:
     ) -> tuple[int, int]:
         """Backward slices, then optimizer steps, up to an interruption; returns how many of each."""
         num_slices = 0
-        for item, windows in _fuse_slices(plan.backward, _MAX_FUSED_TOKENS // self._window_tokens):
+        for item, windows in _fuse_slices(plan.backward, self._max_fused_windows):
             if num_slices and is_interrupted():
                 return num_slices, 0
             self._run_backward(item, windows, jobs)

@@ -37,12 +37,12 @@ def _num_slices(h):
     return h.engine.heartbeat().counters["finetune_backward_slices"]
 
 
-@pytest.mark.parametrize("max_fused_tokens", [16, 1024])
+@pytest.mark.parametrize("max_fused_tokens", [16, 256])
 @pytest.mark.parametrize("how_often", [0.5, 1.0])
 def test_interrupted_finetuning_ends_with_the_same_losses_and_weights(
-    how_often, max_fused_tokens, harness, make, monkeypatch
+    how_often, max_fused_tokens, device, harness, make, monkeypatch
 ):
-    monkeypatch.setattr(runner, "_MAX_FUSED_TOKENS", max_fused_tokens)
+    monkeypatch.setitem(runner._MAX_FUSED_TOKENS, device.type, max_fused_tokens)
     whole = _trained(harness(), make)
     rng = random.Random(5)
     cut = _trained(harness(has_arrivals=lambda: rng.random() < how_often), make)
