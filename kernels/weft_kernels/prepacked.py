@@ -1,7 +1,8 @@
 """Weights laid out in the order in which the CPU library's GEMM reads them.
 
-Owns the detection and the calls of oneDNN's weight reordering, which PyTorch offers under private names: where
-they are missing or refuse, `lay_out` says so and products run on the dense weight. Knows nothing of formats.
+Owns the detection and the calls of oneDNN's weight reordering, which PyTorch offers under private names:
+where they are missing or refuse, `lay_out` says so and products run on the dense weight. Knows nothing of
+formats.
 """
 
 from __future__ import annotations

@@ -258,7 +258,7 @@ class Runner:
             window = slice(segment.start, segment.start + segment.num_tokens)
             trained = pack.trained_rows(window.start, window.stop)
             rows, labels = hidden[placed.rows], pack.labels[window]
-            head = loss_head(rows, labels, trained, weights.norm, weights.head, eps=eps)
+            head = loss_head(rows, labels, trained, weights.norm, weights.lm_head, eps=eps)
             pack.losses[window], pack.correct[window] = head.loss, head.correct
             pack.d_hidden[window] = head.d_hidden
 

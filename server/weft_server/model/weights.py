@@ -73,6 +73,7 @@ class DecoderWeights:
         head = QuantizedLinear(self.lm_head, dtype=self.dtype)
         if self.prepacked:
             head.prepack()
+            head.forgo_grad_layout()  # the loss head multiplies `lm_head` itself
         object.__setattr__(self, "head", head)
 
     @property

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft_server.model.decoder import rms_norm_backward
-from weft_server.quant.linear import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ def loss_head(
     labels: Tensor,
     trained: Tensor,
     norm: Tensor,
-    head: QuantizedLinear,
+    lm_head: Tensor,
     *,
     eps: float,
     chunk_rows: int = 256,
@@ -45,11 +44,11 @@ def loss_head(
     for rows in torch.split(trained, chunk_rows):
         x, target = hidden.index_select(0, rows), labels.index_select(0, rows)
         normed = F.rms_norm(x, (x.shape[-1],), norm, eps)
-        log_probs = F.log_softmax(head.forward(normed).to(wide), dim=-1)
+        log_probs = F.log_softmax(F.linear(normed, lm_head).to(wide), dim=-1)
         loss.index_copy_(0, rows, F.nll_loss(log_probs, target, reduction="none"))
         correct.index_copy_(0, rows, log_probs.argmax(-1) == target)
         d_logits = log_probs.exp_()
         d_logits.scatter_add_(1, target.unsqueeze(1), d_logits.new_full((len(rows), 1), -1.0))
-        d_normed = head.input_grad(d_logits.to(hidden.dtype))
+        d_normed = d_logits.to(hidden.dtype) @ lm_head
         d_hidden.index_copy_(0, rows, rms_norm_backward(x, norm, d_normed, eps))
     return WindowLoss(loss, correct, d_hidden)
