@@ -4,6 +4,7 @@ Owns the permutation of rows and the tile tables of the Triton kernels. Knows ne
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,31 @@ from weft_kernels.lora.table import LoraTable
 from weft_kernels.transfer import upload_indices
 
 _MIN_TILE_ROWS, _MAX_TILE_ROWS = 16, 64
+MAX_FEW_ROWS = 8
+"""Rows of a segment up to which calling a product takes longer than computing it, on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """The segments of few rows (decoding, mostly): their slots and numbers of rows, ascending by slot.
+
+    rows: the rows of the batch, segment after segment: a slice where they are one run, else an int64 index.
+    segments: `(slot, rows)` of each.
+    """
+
+    slots: tuple[int, ...]
+    counts: tuple[int, ...]
+    rows: slice | Tensor
+    segments: tuple[tuple[int, slice | Tensor], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvenRun:
+    """Segments of equal length that follow one another in the batch: `first` is their first row, `length`
+    that of each."""
+
+    first: int
+    length: int
 
 
 class LoraBatch:
@@ -24,6 +50,8 @@ class LoraBatch:
         index. token_idx: int64 [P] on the device, the rows sorted by slot, in the order of the runs within a
         slot. num_rows: P, the number of rows that use an adapter.
         max_row: the highest row used, for bounds checks.
+        few: the segments of few rows, or None.
+        many: `(slot, rows)` of the others. even: how those lie, if that is one run of equal lengths.
 
     Built over a `LoraBuffer`, `token_idx` and the tables are the buffer's: longer than needed, with zeros and
     empty tiles at the end, and overwritten by the next batch that is built over it.
@@ -33,6 +61,9 @@ class LoraBatch:
         "_grad_pointers",
         "_max_rank",
         "_tables",
+        "even",
+        "few",
+        "many",
         "max_row",
         "num_rows",
         "rows",
@@ -79,6 +110,30 @@ class LoraBatch:
         )
         self._grad_pointers: tuple[tuple[int, ...], Tensor] | None = None
         self._max_rank: tuple[LoraTable, int, int] | None = None
+        self.few = self._few_rows(runs_by_slot)
+        self.many = tuple(
+            (slot, rows)
+            for (slot, start, end), rows in zip(self.segments, self.rows, strict=True)
+            if end - start > MAX_FEW_ROWS
+        )
+        self.even = _even_run([rows for _, rows in self.many])
+
+    def _few_rows(self, runs_by_slot: Mapping[int, list[tuple[int, int]]]) -> FewRows | None:
+        few = [
+            (slot, end - start, rows)
+            for (slot, start, end), rows in zip(self.segments, self.rows, strict=True)
+            if end - start <= MAX_FEW_ROWS
+        ]
+        if not few:
+            return None
+        index = [row for slot, _, _ in few for run in runs_by_slot[slot] for row in range(*run)]
+        is_run = index == list(range(index[0], index[0] + len(index)))
+        return FewRows(
+            slots=tuple(slot for slot, _, _ in few),
+            counts=tuple(count for _, count, _ in few),
+            segments=tuple((slot, rows) for slot, _, rows in few),
+            rows=slice(index[0], index[-1] + 1) if is_run else upload_indices(index, self.token_idx.device),
+        )
 
     @staticmethod
     def build(
@@ -166,6 +221,17 @@ def _tile_rows(longest: int) -> int:
     while tile < min(longest, _MAX_TILE_ROWS):
         tile *= 2
     return tile
+
+
+def _even_run(rows: Sequence[slice | Tensor]) -> EvenRun | None:
+    if len(rows) < 2 or not isinstance(rows[0], slice):
+        return None
+    first, length = rows[0].start, rows[0].stop - rows[0].start
+    for i, part in enumerate(rows):
+        start = first + i * length
+        if not isinstance(part, slice) or (part.start, part.stop) != (start, start + length):
+            return None
+    return EvenRun(first, length)
 
 
 def _check_disjoint(runs: Iterable[tuple[int, int]]) -> None:

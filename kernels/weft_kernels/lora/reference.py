@@ -1,17 +1,19 @@
 """Batched LoRA in plain PyTorch: the definition of the op, and the CPU path.
 
-Loops over the adapters present in the batch, never over tokens. Differentiable by autograd through `x`, `y`
-and the arena, in any float dtype (float64 serves as an oracle). Arguments are checked by the package's entry
-points.
+Loops over the adapters present in the batch, never over tokens. Where that is mostly the cost of calling
+products, adapters are multiplied together: those of few rows in stacks (`stacks.py`), those of equally many
+rows as one batched product. Differentiable by autograd through `x`, `y` and the arena, in any float dtype
+(float64 serves as an oracle). Arguments are checked by the package's entry points.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from weft_kernels.lora.batch import LoraBatch
+from weft_kernels.lora.batch import EvenRun, FewRows, LoraBatch
 from weft_kernels.lora.dropout import LoraDropout, dropout_mask
+from weft_kernels.lora.stacks import GroupStack, StackCache
 from weft_kernels.lora.table import LoraGroup, LoraTable
 
 
@@ -27,7 +29,11 @@ def lora_forward(
 ) -> None:
     """`y[:, columns of m] += s_m (drop_m(x) A_mᵀ) B_m`; see `weft_kernels.lora.lora_forward`."""
     columns = _columns(widths)
-    for (slot, _, _), rows in zip(batch.segments, batch.rows, strict=True):
+    if dropout is not None and dropout.active:
+        segments: Iterable[tuple[int, slice | Tensor]] = _segments(batch)
+    else:
+        segments = _add_together(x, y, table, layer, modules, columns, batch)
+    for slot, rows in segments:
         group = table.group(slot, layer, modules)
         if group is None:
             continue
@@ -37,6 +43,97 @@ def lora_forward(
         for (member, entry, _, _), v in zip(group.members, shrunk, strict=True):
             start, end = columns[member]
             _add_product(y, rows, start, end, v, _as(entry.b, x), entry.scale)
+
+
+def _add_together(
+    x: Tensor,
+    y: Tensor,
+    table: LoraTable,
+    layer: int,
+    modules: tuple[int, ...],
+    columns: Sequence[tuple[int, int]],
+    batch: LoraBatch,
+) -> Iterable[tuple[int, slice | Tensor]]:
+    """Add the updates of segments that are multiplied together; the segments that remain."""
+    few, many = batch.few, batch.many
+    if few is not None and _may_stack(x, y, table):
+        stack = table.stacks.find(batch, few, table, layer, modules)
+        if stack is not None:
+            _add_stacked(x, y, table.stacks, stack, few, columns)
+            few = None
+    if batch.even is not None:
+        groups = [table.group(slot, layer, modules) for slot, _ in many]
+        if _are_alike(groups, x):
+            _add_even(x, y, [group for group in groups if group is not None], batch.even, columns)
+            many = ()
+    return many if few is None else (*few.segments, *many)
+
+
+def _may_stack(x: Tensor, y: Tensor, table: LoraTable) -> bool:
+    needs_autograd = torch.is_grad_enabled() and (x.requires_grad or table.weights.requires_grad)
+    return not needs_autograd and x.dtype == y.dtype == table.weights.dtype
+
+
+def _add_stacked(
+    x: Tensor,
+    y: Tensor,
+    cache: StackCache,
+    stack: GroupStack,
+    few: FewRows,
+    columns: Sequence[tuple[int, int]],
+) -> None:
+    v = cache.keep_own(stack.a.product(_take(x, few.rows)), stack, few)
+    for block in stack.blocks:
+        start, end = columns[block.first_member][0], columns[block.end_member - 1][1]
+        _add_rows(y, few.rows, start, end, block.b.product(v[:, block.rank_start : block.rank_end]), 1.0)
+
+
+def _are_alike(groups: Sequence[LoraGroup | None], x: Tensor) -> bool:
+    """Whether the adapters have the same modules, ranks and scales, so that one batched product serves
+    all."""
+    first = groups[0]
+    if first is None or any(group is None or group.stacked_a is None for group in groups):
+        return False
+    shape = [(member, entry.rank, entry.scale) for member, entry, _, _ in first.members]
+    return first.members[0][1].a.dtype == x.dtype and all(
+        group is not None
+        and [(member, entry.rank, entry.scale) for member, entry, _, _ in group.members] == shape
+        for group in groups
+    )
+
+
+def _add_even(
+    x: Tensor,
+    y: Tensor,
+    groups: Sequence[LoraGroup],
+    run: EvenRun,
+    columns: Sequence[tuple[int, int]],
+) -> None:
+    """Segments of equal length as one batch: `[adapters, rows, ...]`."""
+    end = run.first + len(groups) * run.length
+    x_rows = x[run.first : end].unflatten(0, (len(groups), run.length))  # type: ignore[no-untyped-call]
+    y_rows = y[run.first : end].unflatten(0, (len(groups), run.length))  # type: ignore[no-untyped-call]
+    stacked_a = _side_by_side([group.stacked_a for group in groups if group.stacked_a is not None])
+    v = torch.bmm(x_rows, stacked_a.mT)
+    for i, (member, entry, first, last) in enumerate(groups[0].members):
+        start, stop = columns[member]
+        stacked_b = _side_by_side([group.members[i][1].b for group in groups])
+        y_rows[:, :, start:stop].baddbmm_(v[:, :, first:last], stacked_b, alpha=entry.scale)
+
+
+def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
+    """Equal views of one arena as `[adapters, ...]`: without a copy where they lie at even distances, as
+    adapters that were loaded one after the other do."""
+    first, second = matrices[0], matrices[1]
+    step = second.storage_offset() - first.storage_offset()
+    offsets = [matrix.storage_offset() for matrix in matrices]
+    if step <= 0 or offsets != list(range(offsets[0], offsets[0] + step * len(matrices), step)):
+        return torch.stack(list(matrices))
+    return first.as_strided((len(matrices), *first.shape), (step, *first.stride()))
+
+
+def _segments(batch: LoraBatch) -> list[tuple[int, slice | Tensor]]:
+    return [(slot, rows) for (slot, _, _), rows in zip(batch.segments, batch.rows, strict=True)]
 
 
 @torch.no_grad()
@@ -54,7 +151,7 @@ def lora_backward(
 ) -> None:
     """Adds to `dx` and to the flat gradients; see `weft_kernels.lora.lora_backward`."""
     columns = _columns(widths)
-    for (slot, _, _), rows in zip(batch.segments, batch.rows, strict=True):
+    for slot, rows in _segments(batch):
         group = table.group(slot, layer, modules)
         if group is None:
             continue
@@ -107,7 +204,7 @@ def _add_weight_grads(
 ) -> None:
     """`dA += uᵀ drop(x)`, `dB += (s · drop(x) Aᵀ)ᵀ dy`, products and sums in the gradient's dtype."""
     shrunk = _shrink(x, group, masks)
-    x_wide, u_wide = x.to(grad.dtype), u.to(grad.dtype)
+    x_wide, u_wide, dy_wide = x.to(grad.dtype), u.to(grad.dtype), dy.to(grad.dtype)
     if masks is None and group.stacked_a is not None:
         a_offset = group.members[0][1].a_offset
         _matrix(grad, a_offset, group.num_ranks, group.in_features).addmm_(u_wide.mT, x_wide)
@@ -119,7 +216,7 @@ def _add_weight_grads(
     for (member, entry, _, _), v in zip(group.members, shrunk, strict=True):
         start, end = columns[member]
         d_b = _matrix(grad, entry.b_offset, entry.rank, end - start)
-        d_b.addmm_(v.to(grad.dtype).mT, dy[:, start:end].to(grad.dtype), alpha=entry.scale)
+        d_b.addmm_(v.to(grad.dtype).mT, dy_wide[:, start:end], alpha=entry.scale)
 
 
 def _masks(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft_kernels.lora.stacks import StackCache
 from weft_kernels.transfer import upload
 
 ALIGNMENT = 64
@@ -77,6 +78,7 @@ class LoraTable:
         scales: float32 [slots, L, M].
         base: int64 [slots], element offset of each slot's extent.
         version: grows with every change.
+        stacks: the CPU path's copies of weights that are multiplied together.
 
     Updates are copies on the current stream, hence ordered after every kernel already launched there. Not
     safe for concurrent use from several threads.
@@ -97,6 +99,8 @@ class LoraTable:
         self.ranks = torch.zeros(shape, dtype=torch.int32, device=device)
         self.scales = torch.zeros(shape, dtype=torch.float32, device=device)
         self.base = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.version = 0
+        self.stacks = StackCache()
         self._bases = [0] * num_slots
         self._entries: list[dict[tuple[int, int], LoraEntry]] = [{} for _ in range(num_slots)]
         self._max_ranks = [0] * num_slots
@@ -161,6 +165,10 @@ class LoraTable:
     def max_rank(self, slot: int) -> int:
         """The largest rank of `slot` over all layers and modules; 0 for an empty slot."""
         return self._max_ranks[slot]
+
+    def num_elements(self, slot: int) -> int:
+        """Elements of all A and B of `slot`."""
+        return sum(e.rank * (e.in_features + e.out_features) for e in self._entries[slot].values())
 
     def _build_group(self, slot: int, layer: int, modules: tuple[int, ...]) -> LoraGroup | None:
         entries, base = self._entries[slot], self._bases[slot]

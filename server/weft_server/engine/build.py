@@ -31,7 +31,14 @@ from weft_server.engine.engine import Engine
 from weft_server.engine.jobs import BaseFacts, BlobIO, JobManager
 from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
-from weft_server.engine.sizing import Sizes, choose_device, choose_dtype, choose_sizes, use_device
+from weft_server.engine.sizing import (
+    Sizes,
+    choose_device,
+    choose_dtype,
+    choose_sizes,
+    free_memory_bytes,
+    use_device,
+)
 from weft_server.engine.warmup import warm_up
 from weft_server.errors import ConfigError
 from weft_server.model.config import ModelConfig
@@ -46,6 +53,8 @@ log = logging.getLogger(__name__)
 _HOST_CACHE_BYTES = 2 << 30
 _PINNED_FILL = 15 / 16
 """Part of the pinned adapters' region that is offered: the rest is for the alignment of their tensors."""
+_GRAD_LAYOUT_SHARE = 0.25
+"""Part of the free memory that finetuning's own layout of the weights may take."""
 _DEFAULT_TTFT_S = {"cuda": 2.0, "cpu": 5.0}
 _DEFAULT_CUDA_TPOT_S = 0.050
 _CPU_TPOT_FACTOR = 2.0
@@ -91,6 +100,8 @@ def build_engine(
         low_memory=config.low_memory,
     )
     log.info("loaded %s in %.1f s", path, time.perf_counter() - started)
+    if weights.deferred_bytes > _GRAD_LAYOUT_SHARE * free_memory_bytes(device):
+        weights.forgo_grad_layouts()
     fingerprint = base_fingerprint(path)
     return assemble_engine(
         config, weights, blobs, base_fingerprint=fingerprint, record_plan=record_plan, policy=policy

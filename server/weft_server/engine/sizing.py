@@ -147,7 +147,7 @@ def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
     """
     model, device = weights.config, weights.device
     defaults = CUDA_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
-    usable = _usable_bytes(config, device)
+    usable = max(0, _usable_bytes(config, device) - weights.deferred_bytes)
     kv_bytes = KvCache.bytes_per_token(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,

@@ -117,7 +117,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: `[T, hidden]` to `[T, vocab]` in the compute dtype."""
-        return F.linear(self._norm(hidden, self.weights.norm), self.weights.lm_head)
+        return self.weights.head.forward(self._norm(hidden, self.weights.norm))
 
     # ------------------------------------------------------------ backward
 

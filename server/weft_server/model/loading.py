@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from weft_kernels.prepacked import can_prepack
 from weft_server.model.checkpoint import Checkpoint, open_checkpoint
 from weft_server.model.config import MODULES, ModelConfig, ModelError
 from weft_server.model.fingerprint import base_fingerprint
@@ -58,16 +59,17 @@ def load_weights(
             pre-quantized checkpoint given "none" is expanded for good. Modules that a pre-quantized
             checkpoint leaves unquantized stay so.
         low_memory: on a CPU, keep quantized weights packed and dequantize at each use, instead of expanding
-            them once to `dtype` (the same values).
+            them once to `dtype` (the same values), and lay no dense weight out for the library's GEMM.
 
     Raises:
         ModelError: missing, unexpected, mis-shaped or non-finite tensors (named), unreadable files, or a
             quantization that does not go with the checkpoint's.
     """
     weight_format = resolve_format(config, quantization)
+    prepacked = can_prepack(device, dtype) and not low_memory
     expanded = (device.type == "cpu" and not low_memory) or weight_format == "none"
     with open_checkpoint(Path(path)) as checkpoint:
-        return _Loader(checkpoint, config, device, dtype, weight_format, expanded).load()
+        return _Loader(checkpoint, config, device, dtype, weight_format, expanded, prepacked).load()
 
 
 def resolve_format(config: ModelConfig, quantization: Quantization) -> Format:
@@ -98,6 +100,7 @@ class _Loader:
         dtype: torch.dtype,
         weight_format: Format,
         expanded: bool,
+        prepacked: bool,
     ) -> None:
         self._checkpoint = checkpoint
         self._config = config
@@ -105,6 +108,7 @@ class _Loader:
         self._dtype = dtype
         self._format = weight_format
         self._expanded = expanded
+        self._prepacked = prepacked
 
     def load(self) -> DecoderWeights:
         self._check_names()
@@ -117,6 +121,7 @@ class _Loader:
             lm_head=lm_head,
             dtype=self._dtype,
             device=self._device,
+            prepacked=self._prepacked,
         )
 
     def _check_names(self) -> None:
@@ -178,6 +183,7 @@ class _Loader:
             q_norm=self._tensor(prefix + "self_attn.q_norm.weight", head) if config.qk_norm else None,
             k_norm=self._tensor(prefix + "self_attn.k_norm.weight", head) if config.qk_norm else None,
             linear=lambda module: self._linear(prefix + _MODULE_PATHS[module], module),
+            prepacked=self._prepacked,
         )
 
     def _linear(self, prefix: str, module: str) -> QuantizedLinear:

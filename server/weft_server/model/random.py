@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weft_kernels.prepacked import can_prepack
 from weft_server.model.config import ModelConfig
 from weft_server.model.loading import Quantization, resolve_format
 from weft_server.model.weights import DecoderWeights, LayerWeights, assemble_layer
@@ -53,6 +54,7 @@ class _RandomModel:
         self._device = device
         self._format = resolve_format(config, quantization)
         self._expanded = device.type == "cpu" and not low_memory
+        self._prepacked = can_prepack(device, dtype) and not low_memory
         self._generator = torch.Generator(device).manual_seed(seed)
 
     def build(self) -> DecoderWeights:
@@ -68,6 +70,7 @@ class _RandomModel:
             else self._normal(config.vocab_size, config.hidden_size),
             dtype=self._dtype,
             device=self._device,
+            prepacked=self._prepacked,
         )
 
     def _layer(self) -> LayerWeights:
@@ -78,6 +81,7 @@ class _RandomModel:
             q_norm=self._norm(config.head_dim) if config.qk_norm else None,
             k_norm=self._norm(config.head_dim) if config.qk_norm else None,
             linear=self._linear,
+            prepacked=self._prepacked,
         )
 
     def _linear(self, module: str) -> QuantizedLinear:

@@ -16,6 +16,7 @@ from torch import Tensor
 from weft_kernels import int8, nf4
 from weft_kernels.int8 import Int8Weight
 from weft_kernels.nf4 import Nf4Weight
+from weft_kernels.prepacked import PrepackedWeight, lay_out
 
 Format = Literal["none", "nf4", "int8"]
 
@@ -24,8 +25,8 @@ class QuantizedLinear:
     """y = x Wᵀ + bias for a frozen W [N, K].
 
     The weight is held packed (nf4, int8), dense in the compute dtype, or both: then the dense copy is an
-    expansion that may be released. Products of the packed and the dense form differ in the order of summation
-    only.
+    expansion that may be released. On a CPU a dense weight may instead be laid out for the library's GEMM
+    (`prepack`). Products of all forms differ in the order of summation only.
 
     Attributes:
         in_features, out_features: K and N.
@@ -34,7 +35,18 @@ class QuantizedLinear:
         format: the format that defines the weight's values, also after expansion.
     """
 
-    __slots__ = ("_dense", "_packed", "bias", "dtype", "format", "in_features", "out_features")
+    __slots__ = (
+        "_dense",
+        "_laid_out",
+        "_laid_out_for_grad",
+        "_packed",
+        "_wants_grad_layout",
+        "bias",
+        "dtype",
+        "format",
+        "in_features",
+        "out_features",
+    )
 
     def __init__(
         self,
@@ -58,6 +70,9 @@ class QuantizedLinear:
         self.dtype = dtype
         self._packed: Nf4Weight | Int8Weight | None = None
         self._dense: Tensor | None = None
+        self._laid_out: PrepackedWeight | None = None
+        self._laid_out_for_grad: PrepackedWeight | None = None
+        self._wants_grad_layout = False
         self.format: Format = "none"
         if isinstance(weight, Tensor):
             if weight.ndim != 2:
@@ -77,6 +92,8 @@ class QuantizedLinear:
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, K] in the compute dtype -> [T, N]; differentiable by autograd where x requires it."""
+        if self._laid_out is not None and not _needs_autograd(x):
+            return self._laid_out.product(x, self.bias)
         if self._wants_dense(x):
             return F.linear(x, self.weight_dense(), self.bias)
         if isinstance(self._packed, Nf4Weight):
@@ -86,6 +103,11 @@ class QuantizedLinear:
 
     def input_grad(self, dy: Tensor) -> Tensor:
         """dy [T, N] in the compute dtype -> dx = dy W [T, K]. The bias has no part in it."""
+        if self._wants_grad_layout:
+            self._laid_out_for_grad = lay_out(self.weight_dense().mT)
+            self._wants_grad_layout = False
+        if self._laid_out_for_grad is not None and not _needs_autograd(dy):
+            return self._laid_out_for_grad.product(dy)
         if self._wants_dense(dy):
             return dy @ self.weight_dense()
         if isinstance(self._packed, Nf4Weight):
@@ -96,12 +118,37 @@ class QuantizedLinear:
     def _wants_dense(self, rows: Tensor) -> bool:
         if self._packed is None or self._dense is not None or rows.shape[0] > nf4.MAX_FUSED_ROWS:
             return True
-        return rows.requires_grad and torch.is_grad_enabled()
+        return _needs_autograd(rows)
+
+    def prepack(self) -> None:
+        """Lays a dense weight out for the library's GEMM, in place of the dense copy.
+
+        No effect where the library offers none, or the weight is kept packed. The first `input_grad` adds a
+        second layout, for the product in the other direction, unless `forgo_grad_layout` came before it.
+        """
+        if self._dense is None:
+            return
+        self._laid_out = lay_out(self._dense)
+        if self._laid_out is not None:
+            self._dense = None
+            self._wants_grad_layout = True
+
+    def forgo_grad_layout(self) -> None:
+        """Gradients are computed on a dense copy that is made at each use: half the memory of a prepacked
+        weight."""
+        self._wants_grad_layout = False
+
+    @property
+    def deferred_nbytes(self) -> int:
+        """Bytes that the first `input_grad` is going to take for good."""
+        return self._laid_out.nbytes if self._laid_out is not None and self._wants_grad_layout else 0
 
     def weight_dense(self) -> Tensor:
-        """W [N, K] in the compute dtype: the dense copy itself if there is one, else freshly dequantized."""
+        """W [N, K] in the compute dtype: the dense copy itself if there is one, else freshly made."""
         if self._dense is not None:
             return self._dense
+        if self._laid_out is not None:
+            return self._laid_out.dense()
         if isinstance(self._packed, Nf4Weight):
             return nf4.dequantize(self._packed, self.dtype)
         assert self._packed is not None
@@ -109,7 +156,8 @@ class QuantizedLinear:
 
     def expand(self) -> None:
         """Keeps a dense copy beside the packed weight, for speed. No effect when there is one."""
-        self._dense = self.weight_dense()
+        if self._laid_out is None:
+            self._dense = self.weight_dense()
 
     def release_expansion(self) -> None:
         """Drops the dense copy that `expand` made. No effect on a weight that exists only dense."""
@@ -124,19 +172,25 @@ class QuantizedLinear:
     @property
     def is_expanded(self) -> bool:
         """Whether products run on a dense weight."""
-        return self._dense is not None
+        return self._dense is not None or self._laid_out is not None
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: packed form, dense form and bias."""
-        return sum(part.nbytes for part in (self._packed, self._dense, self.bias) if part is not None)
+        """Bytes held: packed form, dense form, layouts and bias."""
+        parts = (self._packed, self._dense, self._laid_out, self._laid_out_for_grad, self.bias)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def __repr__(self) -> str:
-        form = "dense" if self._packed is None else "packed" if self._dense is None else "packed+dense"
+        kinds = (("packed", self._packed), ("dense", self._dense), ("prepacked", self._laid_out))
+        form = "+".join(name for name, weight in kinds if weight is not None)
         return (
             f"QuantizedLinear({self.in_features} -> {self.out_features}, {self.format}, {form},"
             f" {self.dtype}, bias={self.bias is not None})"
         )
+
+
+def _needs_autograd(rows: Tensor) -> bool:
+    return rows.requires_grad and torch.is_grad_enabled()
 
 
 def fuse(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels.nf4 import MAX_FUSED_ROWS
+from weft_kernels.prepacked import can_prepack
 from weft_server.quant import nf4
 from weft_server.quant.encoding import encode
 from weft_server.quant.linear import Format, QuantizedLinear, fuse
@@ -136,6 +137,56 @@ def test_a_bias_or_weight_of_the_wrong_shape_is_refused() -> None:
         QuantizedLinear(torch.zeros(4, 5), dtype=torch.float32, bias=torch.zeros(5))
     with pytest.raises(ValueError, match="matrix"):
         QuantizedLinear(torch.zeros(4), dtype=torch.float32)
+
+
+@pytest.fixture
+def laid_out() -> QuantizedLinear:
+    if not can_prepack(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this machine's library lays no weights out")
+    layer = make_linear("nf4", dtype=torch.bfloat16, bias=True, expanded=True)
+    layer.prepack()
+    return layer
+
+
+def test_a_prepacked_layer_has_the_values_and_products_of_its_dense_form(laid_out: QuantizedLinear) -> None:
+    dense = make_linear("nf4", dtype=torch.bfloat16, bias=True, expanded=True)
+    x, dy = rows(5, K, torch.bfloat16), rows(5, 64, torch.bfloat16)
+    assert torch.equal(laid_out.weight_dense(), dense.weight_dense())
+    assert laid_out.is_expanded
+    assert laid_out.format == "nf4"
+    torch.testing.assert_close(laid_out.forward(x), dense.forward(x), rtol=1e-2, atol=1e-2)
+    for _ in range(2):
+        torch.testing.assert_close(laid_out.input_grad(dy), dense.input_grad(dy), rtol=1e-2, atol=1e-2)
+
+
+def test_the_layout_for_gradients_is_made_by_the_first_of_them(laid_out: QuantizedLinear) -> None:
+    size, dy = laid_out.nbytes, rows(5, 64, torch.bfloat16)
+    assert size == make_linear("nf4", dtype=torch.bfloat16, bias=True, expanded=True).nbytes
+    laid_out.forward(rows(5, K, torch.bfloat16))
+    assert (laid_out.nbytes, laid_out.deferred_nbytes) == (size, 64 * K * 2)
+    laid_out.input_grad(dy)
+    assert (laid_out.nbytes, laid_out.deferred_nbytes) == (size + 64 * K * 2, 0)
+
+
+def test_a_layout_for_gradients_may_be_forgone(laid_out: QuantizedLinear) -> None:
+    size, dy = laid_out.nbytes, rows(5, 64, torch.bfloat16)
+    laid_out.forgo_grad_layout()
+    torch.testing.assert_close(laid_out.input_grad(dy), dy @ laid_out.weight_dense())
+    assert (laid_out.nbytes, laid_out.deferred_nbytes) == (size, 0)
+
+
+def test_a_prepacked_layer_is_differentiable_in_its_input(laid_out: QuantizedLinear) -> None:
+    x = rows(5, K, torch.bfloat16).requires_grad_()
+    dy = rows(5, 64, torch.bfloat16)
+    laid_out.forward(x).backward(dy)
+    torch.testing.assert_close(x.grad, dy @ laid_out.weight_dense())
+
+
+def test_packed_weights_and_other_dtypes_are_not_prepacked() -> None:
+    for layer in (make_linear("nf4", dtype=torch.bfloat16), make_linear("none")):
+        size, form = layer.nbytes, repr(layer)
+        layer.prepack()
+        assert (layer.nbytes, repr(layer)) == (size, form)
 
 
 @pytest.mark.gpu
