@@ -120,6 +120,19 @@ class BlockAllocator:
             del self._pending[block_id]
             self._return(block_id)
 
+    def reclaim(self, block_ids: Sequence[int]) -> None:
+        """Take back blocks just freed, contents and all: the plan that they were freed in did not get so far.
+
+        Raises:
+            ValueError: a block does not wait for a plan any more; nothing has changed.
+        """
+        if any(block_id not in self._pending for block_id in block_ids):
+            raise ValueError(f"blocks {list(block_ids)} are not all waiting for a plan in flight")
+        for block_id in block_ids:
+            del self._pending[block_id]
+            self._state[block_id] = _HELD
+            self._num_users[block_id] = 1
+
     def forget(self, block_ids: Iterable[int]) -> None:
         """The contents of these blocks are void, whatever their state: they lose their names."""
         for block_id in block_ids:

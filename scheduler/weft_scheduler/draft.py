@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Sizes
 from dataclasses import dataclass, field
 from math import ceil
+from typing import NamedTuple
 
 from weft_scheduler.charging import Pieces, split_time
 from weft_scheduler.cost import CostModel
@@ -16,7 +17,7 @@ from weft_scheduler.limits import Limits
 from weft_scheduler.outcomes import StepResult
 from weft_scheduler.plan import BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
 from weft_scheduler.requests import Sequence
-from weft_scheduler.training import Job, Pack, TrainingQueue, Wave
+from weft_scheduler.training import Job, Pack, PackStatus, TrainingQueue, Wave
 
 MIN_WINDOW_TOKENS = 16
 """The least that is forwarded of a pack at a time, but for its end."""
@@ -26,11 +27,12 @@ MIN_WINDOW_TOKENS = 16
 class InFlight:
     """A plan that is made and not committed, with the states that its outcomes belong to.
 
-    `charges` are the seconds that each tenant has been charged for its predicted time; `written` says up to
-    which token the plan writes keys and values of a sequence.
+    `draft` is what it was made from. `charges` are the seconds that each tenant has been charged for its
+    predicted time; `written` says up to which token the plan writes keys and values of a sequence.
     """
 
     plan: StepPlan
+    draft: PlanDraft
     features: PlanFeatures
     charges: dict[str, float]
     is_flex: bool
@@ -54,12 +56,24 @@ class InFlight:
                 raise ValueError(f"the result has no token for sequence {sequence.spec.sequence_id}")
 
 
+class PlannedSlice(NamedTuple):
+    """A backward slice in a draft: its wave, the slots of its packs, and what it adds to the plan's time;
+    `prices` are the stand-alone prices of its packs, in seconds, by tenant.
+    """
+
+    wave: Wave
+    adapter_slots: tuple[int, ...]
+    num_tokens: int
+    prices: list[tuple[str, float]]
+
+
 @dataclass(slots=True, eq=False)
 class PlanDraft:
     """The plan of iteration `iteration`, unfinished.
 
     `slot_elements` are the elements of the adapter in each slot. `is_flex`: no request of the default class
-    is there to be protected. `num_claimed_blocks` are freed blocks that stalled decodes await.
+    is there to be protected. `num_claimed_blocks` are freed blocks that stalled decodes await. `freed` are
+    the blocks that packs give back which the plan completes.
     """
 
     iteration: int
@@ -75,8 +89,11 @@ class PlanDraft:
     written: list[tuple[Sequence, int]] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
     forwarded: list[Pack] = field(default_factory=list)
+    slices: list[PlannedSlice] = field(default_factory=list)
     done: list[Pack] = field(default_factory=list)
+    freed: dict[Pack, tuple[int, ...]] = field(default_factory=dict)
     stepped: list[Job] = field(default_factory=list)
+    step_slots: list[int] = field(default_factory=list)
     tally: PlanFeatures = field(default_factory=PlanFeatures)
     training_tally: PlanFeatures = field(default_factory=PlanFeatures)
     inference: Pieces = field(default_factory=Pieces)
@@ -165,6 +182,7 @@ class PlanDraft:
         job.step_is_planned = True
         job.last_planned = self.iteration
         self.stepped.append(job)
+        self.step_slots.append(adapter_slot)
         self.training_tally.optimizer_steps += 1
         self.training.add(job.tenant or "", self.cost.optimizer_step_s)
         self._charge_adapter(job.tenant or "", adapter_slot)
@@ -226,20 +244,43 @@ class PlanDraft:
             return False
         members = wave.members()
         if len(members) == 1:
-            self.training.add(members[0].spec.tenant, self.cost.backward_s(tokens, 1.0))
+            prices = [(members[0].spec.tenant, self.cost.backward_s(tokens, 1.0))]
         else:
-            for pack in members:
-                own = training.window_range(pack, wave.window)[1]
-                self.training.add(pack.spec.tenant, self.cost.backward_s(own, 1 / len(members)))
+            own = [(pack.spec.tenant, training.window_range(pack, wave.window)[1]) for pack in members]
+            prices = [(name, self.cost.backward_s(count, 1 / len(members))) for name, count in own]
+        for tenant, price_s in prices:
+            self.training.add(tenant, price_s)
         for pack, slot in zip(members, adapter_slots, strict=True):
             self._charge_adapter(pack.spec.tenant, slot)
         self.training_tally.backward_token_layers += tokens
         self.training_tally.num_backward_slices += 1
         part, done = training.sliced(wave, self.iteration)
         self.backward.append(part)
+        self.slices.append(PlannedSlice(wave, adapter_slots, tokens, prices))
         self.done.extend(done)
         self.num_training_units += 1
         return True
+
+    def withdraw(self, num_slices: int, num_steps: int) -> None:
+        """Take out all backward slices and optimizer steps but the first so many, and what only they cost.
+
+        The states of their packs and jobs are not touched, except that `done` keeps those that are.
+        """
+        slices, steps = self.slices[num_slices:], self.stepped[num_steps:]
+        del self.backward[num_slices:], self.slices[num_slices:]
+        del self.stepped[num_steps:], self.step_slots[num_steps:]
+        self.done = [pack for pack in self.done if pack.status is PackStatus.DONE]
+        self.num_training_units -= len(slices) + len(steps)
+        for tally in (self.tally, self.training_tally):
+            tally.backward_token_layers -= sum(each.num_tokens for each in slices)
+            tally.num_backward_slices -= len(slices)
+            tally.optimizer_steps -= len(steps)
+        for each in slices:
+            for tenant, price_s in each.prices:
+                self.training.add(tenant, -price_s)
+        for job in steps:
+            self.training.add(job.tenant or "", -self.cost.optimizer_step_s)
+        self._uncharge_unused_adapters()
 
     # ------------------------------------------------------------ finish
 
@@ -262,6 +303,7 @@ class PlanDraft:
         )
         return InFlight(
             plan,
+            self,
             self.tally,
             self._charges(plan.predicted_s),
             self.is_flex,
@@ -355,6 +397,15 @@ class PlanDraft:
         if (tenant, slot) not in self._charged:
             self._charged.add((tenant, slot))
             self.adapters.add(tenant, self.cost.adapter_s(self._elements_of([slot])))
+
+    def _uncharge_unused_adapters(self) -> None:
+        used = {segment.adapter_slot for segment in self.forward} | set(self.step_slots)
+        used.update(slot for each in self.slices for slot in each.adapter_slots)
+        unused = self._adapter_slots - used
+        for tenant, slot in [pair for pair in self._charged if pair[1] in unused]:
+            self._charged.remove((tenant, slot))
+            self.adapters.add(tenant, -self.cost.adapter_s(self._elements_of([slot])))
+        self._uncount_adapters(list(unused))
 
     def _elements_of(self, slots: list[int]) -> int:
         sizes = self.slot_elements

@@ -12,7 +12,8 @@ What may exceed the budget (everything else keeps `predicted_s` ≤ `budget_s`):
 
 Every decision advances the state at once. With several plans in flight, a plan is made as if no sequence
 ended before it: a token beyond the end is discarded at commit, and what is freed is reused only after the
-last plan that could read it has been committed.
+last plan that could read it has been committed. With one plan at a time, its backward may end early: what did
+not run is taken back at commit.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from weft_scheduler.prefix import PrefixChain
 from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence, SequenceStatus
 from weft_scheduler.state import SchedulerState
 from weft_scheduler.training import PackSpec, PackStatus
+from weft_scheduler.training_policy import withdraw
 
 __all__ = [
     "Outcome",
@@ -334,15 +336,24 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult, now: float) -> list[Outcome]:
         """Take in the result of the oldest plan in flight (an empty plan is none) and say what it completed.
 
+        Backward slices and optimizer steps that have not run are planned again.
+
         Raises:
-            ValueError: it is not the oldest plan in flight, or a token is missing; nothing has changed.
+            ValueError: it is not the oldest plan in flight, a token is missing, or not all has run although
+                `max_inflight` is above 1; nothing has changed.
         """
         if plan.is_empty:
             return []
         if not self._in_flight or self._in_flight[0].plan.iteration != plan.iteration:
             raise ValueError(f"iteration {plan.iteration} is not the oldest plan in flight")
         self._in_flight[0].check_result(result)
+        num_slices, num_steps = result.num_run(plan)
+        is_cut = num_slices < len(plan.backward) or num_steps < len(plan.optimizer_steps)
+        if is_cut and self.limits.max_inflight > 1:
+            raise ValueError(f"iteration {plan.iteration} must run to its end: the next is planned upon it")
         made = self._in_flight.popleft()
+        if is_cut:
+            made = self._cut(made, num_slices, num_steps)
         self._state.advance(self._committed_before(self._iteration + 1))
         self.cost.observe(made.features, result.elapsed_s)
         self._budget_of(is_flex=made.is_flex).observe(
@@ -359,6 +370,14 @@ class Scheduler:
                 self._state.written(sequence, num_tokens)
         outcomes: list[Outcome] = [*self._commit_tokens(made, result, now), *self._commit_training(made)]
         return outcomes
+
+    def _cut(self, made: InFlight, num_slices: int, num_steps: int) -> InFlight:
+        """The plan as if no more had been planned than has run; nothing has come after it."""
+        withdraw(self._state, made.draft, num_slices, num_steps)
+        cut = made.draft.finish(made.plan.memory, made.plan.budget_s, made.plan.expired)
+        self._charge(made.charges, -1.0)
+        self._charge(cut.charges, 1.0)
+        return cut
 
     def _interval_s(self, made: InFlight, elapsed_s: float, now: float) -> float:
         """How long those who decode have waited: from commit to commit, what the engine does between

@@ -12,7 +12,8 @@ that starts there, so that every (layer, window) of a pack runs exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -49,7 +50,8 @@ class PackStatus(Enum):
 class Pack:
     """The state of one pack, counting plans in flight: `num_forwarded` of its tokens have been forwarded.
 
-    `cursor_layer` is the layer at which its backward begins or goes on; `has_loss` says that all windows have
+    `order` is its place among the packs that have been given blocks; `cursor_layer` is the layer at which
+    its backward begins or goes on; `has_loss` says that all windows have
     been forwarded with their loss; `is_protected` that it has waited so long that requests may not take its
     blocks.
     """
@@ -63,6 +65,7 @@ class Pack:
     has_loss: bool = False
     is_protected: bool = False
     last_planned: int = 0
+    order: int = 0
     block_ids: tuple[int, ...] = ()
 
 
@@ -133,6 +136,7 @@ class TrainingQueue:
         self.alive_tokens = 0
         self._pack_ids: set[str] = set()
         self._num_waves = 0
+        self._num_admitted = 0
         self._retiring: list[tuple[int, int]] = []
 
     # ------------------------------------------------------------ jobs and packs
@@ -190,6 +194,8 @@ class TrainingQueue:
         pack.block_ids = tuple(block_ids)
         pack.status = PackStatus.FORWARDING
         pack.num_forwarded = 0
+        self._num_admitted += 1
+        pack.order = self._num_admitted
         self.alive.append(pack)
         self.alive_tokens += pack.spec.num_tokens
 
@@ -307,6 +313,38 @@ class TrainingQueue:
             pack.status = PackStatus.DONE
             self._retire(pack, iteration)
         return part, wave.packs
+
+    def rewind(self, waves: Iterable[Wave], part: BackwardSlice, iteration: int) -> list[Pack]:
+        """Neither `part` nor any slice planned after it has run: it is the next one again.
+
+        Args:
+            waves: those with slices in the plan.
+            part: the first slice of the plan that has not run.
+            iteration: of the plan, which is the only one in flight.
+
+        Returns:
+            The packs that the plan was to complete and has not; they hold blocks again.
+        """
+        # A wave may have been formed for which the plan had no room.
+        touched = dict.fromkeys([*waves, *([] if self.wave is None else [self.wave])])
+        self.wave = None
+        revived = []
+        for wave in touched:
+            wave.packs = [pack for pack in wave.packs if pack.status is not PackStatus.REMOVED]
+            if wave.wave_id < part.wave_id or not wave.packs:
+                continue
+            for pack in wave.packs:
+                if pack.status is PackStatus.DONE:
+                    self._retiring.remove((iteration, pack.spec.num_tokens))
+                    insort(self.alive, pack, key=lambda other: other.order)
+                    revived.append(pack)
+            is_current = wave.wave_id == part.wave_id
+            for pack in wave.packs:
+                pack.status = PackStatus.IN_WAVE if is_current else PackStatus.READY
+            if is_current:
+                self.wave = wave
+                wave.layer, wave.window = part.layer, min(part.window, wave.num_windows - 1)
+        return revived
 
     def committed(self, pack: Pack) -> None:
         """The pack's last slice has run."""

@@ -136,6 +136,20 @@ def finish_layer(state: SchedulerState, draft: PlanDraft) -> None:
         _add_slice(state, draft, training.wave, inf)
 
 
+def withdraw(state: SchedulerState, draft: PlanDraft, num_slices: int, num_steps: int) -> None:
+    """Of the backward slices and optimizer steps of the plan in flight only the first so many have run: take
+    the others back, to be planned again.
+    """
+    for job in draft.stepped[num_steps:]:
+        job.step_is_planned = False
+    if num_slices < len(draft.backward):
+        waves = dict.fromkeys(each.wave for each in draft.slices)
+        for pack in state.training.rewind(waves, draft.backward[num_slices], draft.iteration):
+            pack.block_ids = draft.freed.pop(pack)
+            state.blocks.reclaim(pack.block_ids)
+    draft.withdraw(num_slices, num_steps)
+
+
 def _due_jobs(state: SchedulerState) -> Iterator[Job]:
     """Jobs whose optimizer step can be planned."""
     for job in state.training.jobs.values():
@@ -249,6 +263,7 @@ def _add_slice(state: SchedulerState, draft: PlanDraft, wave: Wave, budget_s: fl
     is_added = draft.try_add_slice(state.training, wave, slots, budget_s)
     for pack in draft.done[num_done:]:
         state.blocks.free(pack.block_ids, draft.iteration)
+        draft.freed[pack] = pack.block_ids
         pack.block_ids = ()
     return is_added
 

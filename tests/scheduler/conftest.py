@@ -69,6 +69,7 @@ class PackRecord:
     spec: PackSpec
     num_windows: int
     num_forwarded: int = 0
+    block_ids: tuple[int, ...] = ()
     has_loss: bool = False
     slices: list[tuple[int, int]] = field(default_factory=list)
     is_done: bool = False
@@ -77,9 +78,13 @@ class PackRecord:
 
 @dataclass
 class Flight:
-    """A plan under way, and who reads and writes which blocks and slots."""
+    """A plan under way, how many of its slices and optimizer steps run, and who reads and writes which blocks
+    and slots.
+    """
 
     plan: StepPlan
+    num_slices: int
+    num_steps: int
     readers: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
     writers: dict[int, str] = field(default_factory=dict)
     written: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
@@ -95,6 +100,8 @@ class SimulatedEngine:
         self.latency: Callable[[], float] = options.pop("latency", lambda: 0.0)
         self.noise: float = options.pop("noise", 0.1)
         self.nan_rate: float = options.pop("nan_rate", 0.0)
+        self.cut_rate: float = options.pop("cut_rate", 0.0)
+        self.num_cuts = 0
         self.adapter_elements: dict[str, int] = {}
         self.scheduler = Scheduler(limits, CostModel(), targets, **options)
         self.now = 0.0
@@ -266,7 +273,7 @@ class SimulatedEngine:
         assert moved <= self.limits.arena_elements / 8 or len(plan.memory.adapter_moves) == 1
 
     def execute(self, plan: StepPlan) -> Flight:
-        flight = Flight(plan)
+        flight = Flight(plan, *self.draw_cut(plan))
         for pack_id in plan.memory.dropped_packs:
             if pack_id in self.packs:
                 record = self.packs[pack_id]
@@ -279,7 +286,7 @@ class SimulatedEngine:
         assert plan.num_forward_tokens <= self.limits.max_batch_tokens
         for segment in plan.forward:
             self.execute_segment(segment, flight)
-        for part in plan.backward:
+        for part in plan.backward[: flight.num_slices]:
             self.execute_slice(part)
         for block_id, writer in flight.writers.items():
             assert flight.readers[block_id] == {writer}, "a block that is written is in two tables"
@@ -296,6 +303,15 @@ class SimulatedEngine:
             assert slot is not None
             flight.slots.add(slot)
         return flight
+
+    def draw_cut(self, plan: StepPlan) -> tuple[int, int]:
+        """How many slices and optimizer steps run before something arrives."""
+        num_slices, num_steps = len(plan.backward), len(plan.optimizer_steps)
+        if num_slices + num_steps and self.random.random() < self.cut_rate:
+            self.num_cuts += 1
+            units = self.random.randrange(num_slices + num_steps)
+            return min(units, num_slices), max(0, units - num_slices)
+        return num_slices, num_steps
 
     def content(self, name: str, position: int) -> object:
         """What belongs into a token's cell: a number for its tenant, adapter, itself and all before it."""
@@ -333,6 +349,7 @@ class SimulatedEngine:
             assert segment.with_loss is not record.has_loss
             assert not segment.samples
             record.num_forwarded = end
+            record.block_ids = segment.block_ids
             record.has_loss |= end == record.spec.num_tokens
         else:
             request = self.requests[name]
@@ -365,6 +382,10 @@ class SimulatedEngine:
             ]
             assert order[len(record.slices)] == (part.layer, part.window), "slice out of order"
             record.slices.append((part.layer, part.window))
+            for position in range(record.spec.num_tokens):
+                block_id = record.block_ids[position // self.limits.block_size]
+                cell = block_id * self.limits.block_size + position % self.limits.block_size
+                assert self.cells[cell] == self.content(pack_id, position), "the pack lost its blocks"
 
     def commit(self) -> None:
         flight = self.flights.popleft()
@@ -378,7 +399,11 @@ class SimulatedEngine:
         elapsed_s = max(plan.predicted_s * self.random.uniform(1 - self.noise, 1 + self.noise), 1e-4)
         self.now += elapsed_s
         sampled = {s.sequence_id: self.next_token(s) for s in plan.forward if s.samples}
-        outcomes = self.scheduler.commit(plan, StepResult(sampled, elapsed_s), self.now)
+        result = StepResult(sampled, elapsed_s, flight.num_slices, flight.num_steps)
+        outcomes = self.scheduler.commit(plan, result, self.now)
+        stepped = [o.job_id for o in outcomes if isinstance(o, StepDone)]
+        ran = plan.optimizer_steps[: flight.num_steps]
+        assert stepped == [job_id for job_id in ran if job_id in self.open_packs]
         for outcome in outcomes:
             self.take(outcome)
         told = [o.sequence_id for o in outcomes if isinstance(o, SequenceToken)]
@@ -469,7 +494,7 @@ def make_engine(make_limits: Callable[..., Limits]) -> Callable[..., SimulatedEn
     """A simulated engine over small limits."""
 
     def make(seed: int = 0, targets: LatencyTargets | None = None, **overrides: Any) -> SimulatedEngine:
-        names = ("latency", "noise", "nan_rate", "tenant_weights", "policy")
+        names = ("latency", "noise", "nan_rate", "cut_rate", "tenant_weights", "policy")
         options = {key: overrides.pop(key) for key in names if key in overrides}
         targets = targets or LatencyTargets(tpot_s=0.05, ttft_s=2.0)
         return SimulatedEngine(make_limits(**overrides), seed, targets, **options)

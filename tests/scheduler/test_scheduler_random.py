@@ -152,6 +152,16 @@ def test_random_work_all_ends_and_reads_only_its_own_memory(
     drive(engine, rng, rng.randint(10, 200), rng.choice((0, 1, 3, 12)))
 
 
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32))
+def test_slices_that_an_arrival_cuts_off_run_later_once(make_engine: Callable[..., Any], seed: int) -> None:
+    """The engine of the tests checks the order of slices, the blocks under them, and what is done when."""
+    rng = random.Random(seed)
+    setting = random_setting(rng) | {"max_inflight": 1, "cut_rate": rng.choice((0.1, 0.5, 0.9))}
+    engine = make_engine(seed, **setting)
+    drive(engine, rng, rng.randint(10, 200), rng.choice((0, 1, 3)))
+
+
 def plans_of(make_engine: Callable[..., Any], seed: int, with_cache: bool) -> list[Any]:
     """What was planned for the same work, without block ids; nobody finds what others have left cached."""
     rng = random.Random(seed)

@@ -112,3 +112,40 @@ def test_activations_of_packs_that_left_count_until_no_plan_in_flight_touches_th
     assert training.alive_tokens == 8
     training.release_retired(7)
     assert training.alive_tokens == 0
+
+
+def test_a_rewound_wave_stands_at_the_slice_that_did_not_run_and_later_waves_dissolve() -> None:
+    training = TrainingQueue(num_layers=2, window_tokens=8)
+    old, resumed = ready(training, "old", 16), ready(training, "resumed", 8)
+    resumed.cursor_layer = 0
+    newest = training.add_pack(PackSpec("newest", "old", "t", 8, "job:old", 8), 0.0)
+    training.admit(newest, [9])
+    first = training.next_wave()
+    assert first is not None
+    parts = [training.sliced(first, 1)[0] for _ in range(4)]
+    assert (old.status, training.alive) == (PackStatus.DONE, [resumed, newest])
+    second = training.next_wave()  # formed, and no room for a slice of it
+    assert second is not None
+    assert second.packs == [resumed]
+    assert training.rewind([first], parts[2], 1) == [old]
+    assert training.wave is first
+    assert (first.layer, first.window) == (0, 1)
+    assert (old.status, resumed.status) == (PackStatus.IN_WAVE, PackStatus.READY)
+    assert training.alive == [old, resumed, newest]
+    training.check_invariants()
+    assert slices(training, 99) == [(0, 1, ("old",)), (0, 0, ("old",)), (0, 0, ("resumed",))]
+
+
+def test_a_rewound_wave_has_lost_the_packs_of_removed_jobs() -> None:
+    training = TrainingQueue(num_layers=2, window_tokens=8)
+    ready(training, "short", 8)
+    ready(training, "long", 17)
+    wave = training.next_wave()
+    assert wave is not None
+    parts = [training.sliced(wave, 1)[0] for _ in range(5)]
+    training.remove_job("long")
+    assert training.rewind([wave], parts[3], 1) == []
+    training.check_invariants()
+    assert slices(training, 99) == [(0, 0, ("short",))]
+    training.release_retired(1)
+    assert training.alive_tokens == 0

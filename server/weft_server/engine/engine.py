@@ -184,9 +184,14 @@ class Engine:
 
     # ------------------------------------------------------------ one iteration
 
-    def step(self) -> list[FromEngine]:
+    def step(self, has_arrivals: Callable[[], bool] = lambda: False) -> list[FromEngine]:
         """Run one iteration (or none, if there is nothing to do) and return what the API process must
-        hear."""
+        hear.
+
+        Args:
+            has_arrivals: whether messages wait to be handled; cheap, asked after every few backward slices.
+                Without a pipeline, finetuning then stops where it is, to go on in a later iteration.
+        """
         self._poll()
         plan = self._scheduler.plan(self._clock())
         for request_id in plan.expired:
@@ -206,7 +211,11 @@ class Engine:
             # A crash may come from the plan before: its errors surface while the next is under way.
             plans = [plan, *(item.plan for item in self._in_flight)]
             self._record_plan(list(dict.fromkeys(name for each in plans for name in _ids(each))))
-        self._in_flight.append(_InFlight(plan, self._runner.submit(plan, self._jobs.active)))
+        if self._depth:  # the next plan is made as if this one had run to its end
+            handle = self._runner.submit(plan, self._jobs.active)
+        else:
+            handle = self._runner.submit(plan, self._jobs.active, has_arrivals)
+        self._in_flight.append(_InFlight(plan, handle))
         while len(self._in_flight) > self._depth:
             self._commit(self._in_flight.popleft())
         return self._take_outbox()
@@ -238,7 +247,8 @@ class Engine:
         for request_id, reason in result.failed.items():
             self._scheduler.fail(request_id)
             self._fail(request_id, 500, "non_finite_logits", reason)
-        outcomes = self._scheduler.commit(item.plan, StepResult(result.sampled, result.elapsed_s), now)
+        ran = StepResult(result.sampled, result.elapsed_s, result.num_slices, result.num_optimizer_steps)
+        outcomes = self._scheduler.commit(item.plan, ran, now)
         self._count(item.plan, result)
         deltas: list[ChoiceDelta] = []
         for outcome in outcomes:
@@ -320,10 +330,11 @@ class Engine:
 
     def _count(self, plan: StepPlan, result: RunResult) -> None:
         self._num_iterations += 1
-        self._iterations.append((result.elapsed_s, plan.predicted_s))
+        is_whole = result.num_slices == len(plan.backward)
+        self._iterations.append((result.elapsed_s, plan.predicted_s if is_whole else 0.0))
         trained = sum(s.num_tokens for s in plan.forward if s.kind is SegmentKind.TRAIN)
         self._counters["finetune_forward_tokens"] += trained
-        self._counters["finetune_backward_slices"] += len(plan.backward)
+        self._counters["finetune_backward_slices"] += result.num_slices
         self._counters["iteration_tokens"] += plan.num_forward_tokens
         self._counters["num_preemptions"] += len(plan.memory.preempted)
         self._counters["finetune_packs_dropped"] += len(plan.memory.dropped_packs)

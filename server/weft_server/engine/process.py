@@ -146,7 +146,7 @@ def _loop(
         with watch.busy():
             for message in messages:
                 engine.handle(message)
-            for answer in engine.step():
+            for answer in engine.step(lambda: not inbox.empty()):
                 sender.send(answer)
             if not engine.has_work:
                 recorder.record(())

@@ -31,8 +31,9 @@ from weft_server.training.loss import loss_head
 from weft_server.training.pack import Pack
 
 _PROMPT_LOGPROB_ROWS = 256
-_MAX_FUSED_TOKENS = 1024
-"""Rows of a fused backward call: enough for full speed, few enough for its scratch memory."""
+_MAX_FUSED_TOKENS = {"cpu": 256, "cuda": 1024}
+"""Rows of a fused backward call: enough for full speed, few enough for its scratch memory; on a CPU an
+arrival waits for one."""
 _GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Keys and values that one attention call over decode rows gathers: on a CPU what its cache holds."""
 
@@ -43,6 +44,7 @@ class RunResult:
 
     `sampled` and `logprobs` are by sequence, `steps` by job (a report, or the error that ends the job),
     `failed` names sequences whose logits were not finite. `elapsed_s` is the iteration's time on the device.
+    `num_slices` and `num_optimizer_steps` of the plan's were issued, from the first on.
     """
 
     sampled: dict[str, int] = field(default_factory=dict)
@@ -50,6 +52,8 @@ class RunResult:
     failed: dict[str, str] = field(default_factory=dict)
     steps: dict[str, StepReport | JobError] = field(default_factory=dict)
     elapsed_s: float = 0.0
+    num_slices: int = 0
+    num_optimizer_steps: int = 0
 
 
 @dataclass(slots=True)
@@ -82,6 +86,10 @@ class StepHandle:
         return self._result
 
 
+def _is_never_interrupted() -> bool:
+    return False
+
+
 class Runner:
     """Owns what is on the device between iterations: sequences' newest tokens, packs in training, the cache.
 
@@ -98,6 +106,7 @@ class Runner:
         self._window_tokens = window_tokens
         self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
         self._max_gathered_keys = max(1, _GATHER_BYTES[decoder.device.type] // cache.bytes_per_layer_token)
+        self._max_fused_windows = _MAX_FUSED_TOKENS[decoder.device.type] // window_tokens
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=decoder.device)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._sequences: dict[str, GeneratedSequence] = {}
@@ -144,21 +153,30 @@ class Runner:
     # ------------------------------------------------------------ one iteration
 
     @torch.no_grad()
-    def submit(self, plan: StepPlan, jobs: Mapping[str, FinetuneJob]) -> StepHandle:
-        """Issue one iteration. The plan's adapter loads and evictions have been carried out already."""
+    def submit(
+        self,
+        plan: StepPlan,
+        jobs: Mapping[str, FinetuneJob],
+        is_interrupted: Callable[[], bool] = _is_never_interrupted,
+    ) -> StepHandle:
+        """Issue one iteration. The plan's adapter loads and evictions have been carried out already.
+
+        Args:
+            plan: what runs.
+            jobs: those alive, by id.
+            is_interrupted: asked between the backward calls and before each optimizer step. Once it says yes,
+                what is left of both is not issued; one of them is issued in any case.
+        """
         clock = DeviceClock(self._decoder.device)
         self._give_up(plan.memory)
-        stepping = {job_id: jobs[job_id] for job_id in plan.optimizer_steps if job_id in jobs}
         sampling, prompts = self._forward(plan) if plan.forward else (None, [])
-        for item, windows in _fuse_slices(plan.backward, _MAX_FUSED_TOKENS // self._window_tokens):
-            self._run_backward(item, windows, jobs)
-        for job in stepping.values():
-            job.issue_update()
+        num_slices, num_steps = self._train(plan, jobs, is_interrupted)
+        stepping = {job_id: jobs[job_id] for job_id in plan.optimizer_steps[:num_steps] if job_id in jobs}
         clock.stop()
 
         def collect() -> RunResult:
             clock.wait()
-            result = RunResult()
+            result = RunResult(num_slices=num_slices, num_optimizer_steps=num_steps)
             for sequence, logprobs in prompts:
                 sequence.prompt_logprobs += logprobs.entries()
             if sampling is not None:
@@ -349,6 +367,23 @@ class Runner:
             result.logprobs = {name: entry for name, entry in entries if name in result.sampled}
 
     # ------------------------------------------------------------ backward
+
+    def _train(
+        self, plan: StepPlan, jobs: Mapping[str, FinetuneJob], is_interrupted: Callable[[], bool]
+    ) -> tuple[int, int]:
+        """Backward slices, then optimizer steps, up to an interruption; returns how many of each."""
+        num_slices = 0
+        for item, windows in _fuse_slices(plan.backward, self._max_fused_windows):
+            if num_slices and is_interrupted():
+                return num_slices, 0
+            self._run_backward(item, windows, jobs)
+            num_slices += len(windows)
+        for num_steps, job_id in enumerate(plan.optimizer_steps):
+            if (num_slices or num_steps) and is_interrupted():
+                return num_slices, num_steps
+            if job_id in jobs:
+                jobs[job_id].issue_update()
+        return num_slices, len(plan.optimizer_steps)
 
     def _run_backward(self, item: BackwardSlice, windows: range, jobs: Mapping[str, FinetuneJob]) -> None:
         placements: Sequence[PackPlacement] = [

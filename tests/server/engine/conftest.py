@@ -142,6 +142,7 @@ class Harness:
     read: Callable[[str], bytes] | None = None
     put: Callable[[Iterable[bytes]], str] | None = None
     policy: Policy | None = None
+    has_arrivals: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         sizes: dict[str, Any] = {
@@ -192,9 +193,9 @@ class Harness:
         self.deltas: dict[str, list[ChoiceDelta]] = defaultdict(list)
         submit = self.runner.submit
 
-        def record(plan: StepPlan, jobs: Any) -> Any:
+        def record(plan: StepPlan, jobs: Any, *more: Any) -> Any:
             self.plans.append(plan)
-            return submit(plan, jobs)
+            return submit(plan, jobs, *more)
 
         self.runner.submit = record  # type: ignore[method-assign]
 
@@ -246,7 +247,7 @@ class Harness:
     # ------------------------------------------------------------ running
 
     def step(self) -> list[FromEngine]:
-        answers = self.engine.step()
+        answers = self.engine.step(self.has_arrivals)
         self.messages += answers
         for answer in answers:
             if isinstance(answer, StepOutput):

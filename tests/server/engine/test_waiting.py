@@ -25,9 +25,9 @@ def _submit_without_waiting(h):
     """From now on, whatever waits for the device inside the runner's `submit` raises."""
     submit = h.runner.submit
 
-    def guarded(plan, jobs):
+    def guarded(plan, jobs, *more):
         with _waiting_is_an_error():
-            return submit(plan, jobs)
+            return submit(plan, jobs, *more)
 
     h.runner.submit = guarded
 

@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from weft_server.engine.jobs import BlobIO
 from weft_server.engine.process import main
 from weft_server.flight_recorder import FlightRecorder
 
-POISON, HANG = 666, 777
+POISON, HANG, ABSORBING = 666, 777, 888
 JOB_STEPS = 40
 READY = protocol.EngineReady(512, 1000, 8, 256, 4096, 0, "cpu", "float32", "none", "base-1", 50.0, 2000.0)
 
@@ -53,14 +54,24 @@ class ScriptedEngine:
         elif isinstance(message, protocol.Abort):
             self.requests.pop(message.request_id, None)
 
-    def step(self) -> list[protocol.FromEngine]:
+    def step(self, has_arrivals: Callable[[], bool]) -> list[protocol.FromEngine]:
         self.ran = self.has_work
         if not self.ran:
             return []
         self.recorder.record([*self.requests, *self.jobs])
         time.sleep(0.005)
+        if self._is_absorbed():
+            while not has_arrivals():
+                time.sleep(0.001)
         messages: list[protocol.FromEngine] = [self._train(job_id) for job_id in list(self.jobs)]
         return [*messages, protocol.StepOutput([self._decode(name) for name in list(self.requests)])]
+
+    def _is_absorbed(self) -> bool:
+        """A job of the absorbing kind, at its third step, goes on until a request arrives."""
+        jobs = self.jobs.values()
+        return not self.requests and any(
+            job.spec.seed == ABSORBING and num_done == 2 for job, num_done in jobs
+        )
 
     def _decode(self, request_id: str) -> protocol.ChoiceDelta:
         request, num_done = self.requests[request_id]
@@ -98,7 +109,7 @@ class ScriptedEngine:
 
 
 def _build(_config: EngineConfig, _blobs: BlobIO, recorder: FlightRecorder) -> BuiltEngine:
-    return BuiltEngine(cast(Any, ScriptedEngine(recorder)), READY, dict)
+    return BuiltEngine(cast(Any, ScriptedEngine(recorder)), READY, cast(Any, None), dict)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from weft_server.service.engine_process import EngineLaunch
 from weft_server.service.engine_supervisor import EngineStartFailed
 
 SCRIPT = Path(__file__).with_name("scripted_engine.py")
-GOOD, POISON, HANG = 1, 666, 777
+GOOD, POISON, HANG, ABSORBING = 1, 666, 777, 888
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Jobs:
     client: EngineClient
     seeds: dict[str, int] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
+    num_steps: int = 0
     epoch: int = 0
 
     async def start(self, job_id: str, seed: int) -> None:
@@ -47,6 +48,8 @@ class Jobs:
                 await self.start(job_id, seed)
 
     async def hear(self, message: JobMessage) -> None:
+        if isinstance(message, protocol.JobProgress):
+            self.num_steps = message.step
         if isinstance(message, protocol.JobSucceeded):
             self.ended[message.job_id] = "succeeded"
 
@@ -109,6 +112,19 @@ def test_a_poisonous_request_fails_and_those_beside_it_do_not(tmp_path: Path, ru
                 await asyncio.sleep(0.01)
             assert jobs.ended == {"job": "succeeded"}
             assert jobs.epoch == 3, "the poison needed two deaths"
+
+    run(work())
+
+
+def test_an_iteration_is_told_of_a_request_that_arrives_meanwhile(tmp_path: Path, run: Any) -> None:
+    async def work() -> None:
+        async with running(tmp_path) as (client, jobs):
+            await client.wait_ready()
+            await jobs.start("job", ABSORBING)
+            while jobs.num_steps < 2:
+                await asyncio.sleep(0.01)
+            assert await tokens(client, "arrival", GOOD) == list(range(60))
+            assert jobs.epoch == 1, "the iteration went on until the engine was taken for dead"
 
     run(work())
 

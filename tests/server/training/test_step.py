@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from weft_scheduler.plan import StepPlan
+from weft_scheduler.plan import BackwardSlice, StepPlan
 from weft_server.engine import device_clock
 from weft_server.training.job import JobError
 from weft_server.training.optimizer import FlatAdamW
@@ -47,6 +47,19 @@ def test_the_optimizer_step_is_issued_with_its_iteration_and_reported_when_that_
     assert not torch.equal(job.optimizer.master, before)
     assert job.num_steps_done == 0
     assert handle.result().steps["job"].step == job.num_steps_done == 1
+
+
+def test_an_optimizer_step_behind_an_interrupted_backward_is_not_issued(job_and_bench):
+    job, b = job_and_bench
+    before, pack_ids = job.optimizer.master.clone(), (job._packs[0].pack_id,)
+    plan = StepPlan(0, (), backward=(BackwardSlice(9, pack_ids, 0, 0),), optimizer_steps=("job",))
+    result = b.runner.submit(plan, b.jobs, lambda: True).result()
+    assert (result.num_slices, result.num_optimizer_steps, result.steps) == (1, 0, {})
+    assert torch.equal(job.optimizer.master, before)
+    result = b.runner.submit(STEP, b.jobs, lambda: True).result()
+    assert (result.num_slices, result.num_optimizer_steps) == (0, 1)
+    assert result.steps["job"].step == 1
+    assert not torch.equal(job.optimizer.master, before)
 
 
 @pytest.mark.parametrize(
