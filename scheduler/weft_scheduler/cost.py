@@ -1,12 +1,13 @@
 """How long an iteration takes, predicted from what it computes.
 
-    seconds = curve(forward_tokens) + Σ weight_j · feature_j
+    seconds = pace · (curve(forward_tokens) + Σ weight_j · feature_j)
 
 The curve is piecewise linear and never falls, so that it shows the memory-bound plateau below which extra
 tokens are nearly free; weights are never negative. Both are one non-negative least-squares problem over
 relative errors: a prior from calibration that fades while iterations are seen, and these, forgotten
 exponentially. Once it has faded, the prior decides only what iterations have said nothing of, so that a
-calibration on a busy machine is lived down. Knows numbers alone, no hardware.
+calibration on a busy machine is lived down. The pace follows within a few iterations what slows all of them
+down alike (`pace`). Knows numbers alone, no hardware.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from weft_scheduler.features import LINEAR_NAMES, PlanFeatures
 from weft_scheduler.least_squares import NormalEquations
 from weft_scheduler.outliers import OutlierGuard
+from weft_scheduler.pace import Pace
 
 KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Forward tokens at which the curve bends; beyond the last one it goes on at the last slope."""
@@ -57,6 +59,7 @@ class CostModel:
         self._errors: deque[float] = deque(maxlen=_ERROR_WINDOW)
         self._speeds: deque[float] = deque(maxlen=_SPEED_WINDOW)
         self._outliers = OutlierGuard()
+        self._pace = Pace()
         self._prior_weight = 1.0
         self._prior_theta = list(self._theta)
         self._tabulate()
@@ -139,20 +142,24 @@ class CostModel:
         self._prior_theta = list(self._theta)
         for window in (self._errors, self._speeds, self._outliers):
             window.clear()
+        self._pace.reset()
         self._tabulate()
 
     def to_dict(self) -> dict[str, Any]:
-        """What predictions follow from, as JSON-able values, and how far off the last ones were."""
+        """What predictions at the usual pace follow from, as JSON-able values, and how far off the last ones
+        were.
+        """
+        curve = accumulate(self._theta[: len(KNOTS)])
         return {
-            "curve": {str(knot): value for knot, value in zip(KNOTS, self._curve_values, strict=True)},
-            "weights": dict(zip(LINEAR_NAMES, self._weights, strict=True)),
+            "curve": {str(knot): value for knot, value in zip(KNOTS, curve, strict=True)},
+            "weights": dict(zip(LINEAR_NAMES, self._theta[len(KNOTS) :], strict=True)),
             "error_p50": self.error_p50,
             "error_p95": self.error_p95,
         }
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> CostModel:
-        """A model that predicts as the one did that wrote `values`, and has observed nothing.
+        """A model that predicts as the one did at its usual pace that wrote `values`, and has observed nothing.
 
         Raises:
             ValueError: a knot or weight is missing, unknown, negative, or the curve falls.
@@ -177,7 +184,7 @@ class CostModel:
     def observe(self, features: PlanFeatures, elapsed_s: float) -> None:
         """Learn from an iteration that took `elapsed_s`.
 
-        A time that others of its kind do not share is clipped (`OutlierGuard`), and weighs no more than its
+        The pace takes it as it is; the fit as follows. A time that others of its kind do not share is clipped (`OutlierGuard`), and weighs no more than its
         relative error allows: an outlier moves the fit little, while a machine that has changed, or a kind of
         iteration that is predicted wrongly, is followed. A time that is not positive and finite is not one.
         """
@@ -192,13 +199,16 @@ class CostModel:
         prior_s = _dot(self._prior_theta, phi)
         if prior_s > 0.0:
             self._speeds.append(elapsed_s / prior_s)
-        clipped_s = self._outliers.clip(features.kind, predicted_s, elapsed_s)
+        usual_s = predicted_s / self._pace.factor
+        self._pace.observe(elapsed_s / usual_s)
+        clipped_s = self._outliers.clip(features.kind, usual_s, elapsed_s)
         self._gain /= _FORGETTING
         self._prior_weight = max(_LEAST_PRIOR, self._prior_weight * _PRIOR_FADING)
         self._online.add(phi, clipped_s, self._gain * min(1.0, clipped_s / elapsed_s) ** 2)
         self._num_observed += 1
         if self._num_observed % _REFIT_INTERVAL == 0:
             self._refit()
+        self._tabulate()
 
     def _refit(self) -> None:
         self._online.scale(1.0 / self._gain)
@@ -206,15 +216,12 @@ class CostModel:
         speed = median(self._speeds) if self._speeds else 1.0
         both = self._online.plus(self._prior.for_speed(speed, self._prior_weight))
         both.solve(self._theta, _NUM_SWEEPS)
-        self._tabulate()
 
     def _tabulate(self) -> None:
-        self._weights = tuple(self._theta[len(KNOTS) :])
-        values, total = [], 0.0
-        for increment in self._theta[: len(KNOTS)]:
-            total += increment
-            values.append(total)
-        self._curve_values = values
+        pace = self._pace.factor
+        theta = [pace * value for value in self._theta]
+        self._weights = tuple(theta[len(KNOTS) :])
+        values = self._curve_values = list(accumulate(theta[: len(KNOTS)]))
         self._decode_s = values[0] + self._weights[2]
         self._slopes = [
             (high - low) / (right - left)

@@ -148,3 +148,53 @@ def test_a_rare_kind_of_iteration_that_is_predicted_wrongly_is_no_outlier() -> N
         model.observe(features, factor * truth(features))
     assert model.predict(rare) == pytest.approx(10.0 * truth(rare), rel=0.15)
     assert model.predict(common) == pytest.approx(truth(common), rel=0.1)
+
+
+def test_a_spell_in_which_all_takes_longer_is_followed_within_a_few_iterations() -> None:
+    rng = random.Random(12)
+    model = calibrated(rng)
+    for _ in range(200):
+        features = random_features(rng)
+        model.observe(features, truth(features))
+    for slowdown in (3.0, 1.0):
+        for _ in range(4):
+            features = random_features(rng)
+            model.observe(features, slowdown * truth(features))
+        for _ in range(20):
+            features = random_features(rng)
+            assert model.predict(features) == pytest.approx(slowdown * truth(features), rel=0.25)
+            model.observe(features, slowdown * truth(features))
+
+
+def test_a_slow_spell_scales_every_price_alike() -> None:
+    rng = random.Random(13)
+    model = calibrated(rng)
+
+    def prices() -> list[float]:
+        return [
+            model.decode_s(500),
+            model.chunk_s(64, 640, loss_tokens=64),
+            model.backward_s(512, 1.0),
+            model.adapter_s(1000),
+            model.optimizer_step_s,
+            model.predict(PlanFeatures(forward_tokens=700, kv_tokens_read=900, num_sequences=3)),
+        ]
+
+    before = prices()
+    for _ in range(3):
+        features = random_features(rng)
+        model.observe(features, 3.0 * model.predict(features))
+    ratios = [now / then for now, then in zip(prices(), before, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    assert ratios[0] > 2.0
+
+
+def test_a_slow_spell_is_not_written_into_the_fitted_file() -> None:
+    rng = random.Random(14)
+    model = calibrated(rng)
+    before = model.to_dict()
+    for _ in range(5):
+        features = random_features(rng)
+        model.observe(features, 3.0 * truth(features))
+    after = model.to_dict()
+    assert (after["curve"], after["weights"]) == (before["curve"], before["weights"])
