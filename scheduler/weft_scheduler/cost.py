@@ -30,7 +30,7 @@ KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 _SIZE = len(KNOTS) + len(LINEAR_NAMES)
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
-_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12)
+_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12, 200e-6, 50e-6)
 _PRIOR_OBSERVATIONS = 32.0
 _NOMINAL_SHARE = 1e-3
 _PRIOR_FADING = 0.97
@@ -77,7 +77,9 @@ class CostModel:
     def predict(self, features: PlanFeatures) -> float:
         """Seconds that an iteration with these features takes."""
         f = features
-        kv, products, sequences, loss, backward, slices, adapters, steps, elements = self._weights
+        kv, products, sequences, loss, backward, slices, adapters, steps, elements, heads, layers = (
+            self._weights
+        )
         return (
             self._curve(f.forward_tokens)
             + kv * f.kv_tokens_read
@@ -89,6 +91,8 @@ class CostModel:
             + adapters * f.num_adapters
             + steps * f.optimizer_steps
             + elements * f.adapter_elements
+            + heads * f.num_loss_windows
+            + layers * f.num_backward_layers
         )
 
     def decode_s(self, context: int) -> float:
@@ -99,11 +103,13 @@ class CostModel:
         """Seconds of `num_tokens` tokens of one sequence that end at `context` keys, alone."""
         w = self._weights
         keys_s = w[0] * context + w[1] * num_tokens * context
-        return self._curve(num_tokens) + keys_s + w[3] * loss_tokens
+        loss_s = w[3] * loss_tokens + w[9] if loss_tokens else 0.0
+        return self._curve(num_tokens) + keys_s + loss_s
 
-    def backward_s(self, token_layers: int, num_slices: float) -> float:
-        """Seconds of backward slices over so many tokens times layers."""
-        return self._weights[4] * token_layers + self._weights[5] * num_slices
+    def backward_s(self, token_layers: int, num_slices: float, num_layers: float) -> float:
+        """Seconds of backward slices over so many tokens times layers, which go through `num_layers`."""
+        w = self._weights
+        return w[4] * token_layers + w[5] * num_slices + w[10] * num_layers
 
     def adapter_s(self, num_elements: int) -> float:
         """Seconds of one adapter in a batch, whatever number of tokens uses it."""
@@ -159,7 +165,8 @@ class CostModel:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> CostModel:
-        """A model that predicts as the one did at its usual pace that wrote `values`, and has observed nothing.
+        """A model that predicts as the one that wrote `values` did at its usual pace, and has observed
+        nothing.
 
         Raises:
             ValueError: a knot or weight is missing, unknown, negative, or the curve falls.
@@ -184,9 +191,10 @@ class CostModel:
     def observe(self, features: PlanFeatures, elapsed_s: float) -> None:
         """Learn from an iteration that took `elapsed_s`.
 
-        The pace takes it as it is; the fit as follows. A time that others of its kind do not share is clipped (`OutlierGuard`), and weighs no more than its
-        relative error allows: an outlier moves the fit little, while a machine that has changed, or a kind of
-        iteration that is predicted wrongly, is followed. A time that is not positive and finite is not one.
+        The pace takes it as it is. For the fit, a time that others of its kind do not share is clipped
+        (`OutlierGuard`), and weighs no more than its relative error allows: an outlier moves the fit little,
+        while a machine that has changed, or a kind of iteration that is predicted wrongly, is followed.
+        A time that is not positive and finite is not one.
         """
         if not (isfinite(elapsed_s) and elapsed_s > 0.0):
             return

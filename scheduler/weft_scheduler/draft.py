@@ -183,8 +183,7 @@ class PlanDraft:
             self._uncount_adapters(new)
             return False
         self._count_chunk(start, num_tokens)
-        loss_tokens = ceil(loss_share * num_tokens)
-        self.tally.loss_tokens += loss_tokens
+        loss_tokens = _count_loss(self.tally, loss_share, num_tokens)
         blocks = pack.block_ids[: self.limits.num_blocks_for(start + num_tokens)]
         self.forward.append(
             Segment(
@@ -205,7 +204,7 @@ class PlanDraft:
         alone.forward_tokens += num_tokens
         alone.kv_tokens_read += end
         alone.attention_products += num_tokens * end
-        alone.loss_tokens += loss_tokens
+        _count_loss(alone, loss_share, num_tokens)
         self.training.add(pack.spec.tenant, self.cost.chunk_s(num_tokens, end, loss_tokens))
         self._charge_adapter(pack.spec.tenant, adapter_slot)
         return True
@@ -214,27 +213,27 @@ class PlanDraft:
         self, training: TrainingQueue, wave: Wave, adapter_slots: tuple[int, ...], budget_s: float
     ) -> bool:
         """The next slice of the wave, if it fits; advances the wave."""
-        tally = self.tally
         tokens = training.slice_tokens(wave)
+        last = self.backward[-1] if self.backward else None
+        num_layers = int(last is None or (last.wave_id, last.layer) != (wave.wave_id, wave.layer))
         new = self._count_adapters(adapter_slots)
-        tally.backward_token_layers += tokens
-        tally.num_backward_slices += 1
+        _count_slice(self.tally, tokens, num_layers)
         if self.predicted_s > budget_s:
-            tally.backward_token_layers -= tokens
-            tally.num_backward_slices -= 1
+            _count_slice(self.tally, tokens, num_layers, sign=-1)
             self._uncount_adapters(new)
             return False
         members = wave.members()
         if len(members) == 1:
-            self.training.add(members[0].spec.tenant, self.cost.backward_s(tokens, 1.0))
+            self.training.add(members[0].spec.tenant, self.cost.backward_s(tokens, 1.0, num_layers))
         else:
+            share = 1 / len(members)
             for pack in members:
                 own = training.window_range(pack, wave.window)[1]
-                self.training.add(pack.spec.tenant, self.cost.backward_s(own, 1 / len(members)))
+                price_s = self.cost.backward_s(own, share, num_layers * share)
+                self.training.add(pack.spec.tenant, price_s)
         for pack, slot in zip(members, adapter_slots, strict=True):
             self._charge_adapter(pack.spec.tenant, slot)
-        self.training_tally.backward_token_layers += tokens
-        self.training_tally.num_backward_slices += 1
+        _count_slice(self.training_tally, tokens, num_layers)
         part, done = training.sliced(wave, self.iteration)
         self.backward.append(part)
         self.done.extend(done)
@@ -333,12 +332,11 @@ class PlanDraft:
         return fits
 
     def _predict_chunk(self, start: int, num_tokens: int, loss_share: float) -> float:
-        loss_tokens = ceil(loss_share * num_tokens)
         self._count_chunk(start, num_tokens)
-        self.tally.loss_tokens += loss_tokens
+        _count_loss(self.tally, loss_share, num_tokens)
         predicted_s = self.predicted_s
         self._count_chunk(start, num_tokens, sign=-1)
-        self.tally.loss_tokens -= loss_tokens
+        _count_loss(self.tally, loss_share, num_tokens, sign=-1)
         return predicted_s
 
     def _count_adapters(self, slots: tuple[int, ...]) -> list[int]:
@@ -364,3 +362,18 @@ class PlanDraft:
         self._adapter_slots.difference_update(slots)
         self.tally.num_adapters -= len(slots)
         self.tally.adapter_elements -= self._elements_of(slots)
+
+
+def _count_loss(tally: PlanFeatures, loss_share: float, num_tokens: int, sign: int = 1) -> int:
+    """Add the loss of a window in which `loss_share` of the tokens are trained; returns its rows."""
+    loss_tokens = ceil(loss_share * num_tokens)
+    tally.loss_tokens += sign * loss_tokens
+    tally.num_loss_windows += sign * (loss_tokens > 0)
+    return loss_tokens
+
+
+def _count_slice(tally: PlanFeatures, num_tokens: int, num_layers: int, sign: int = 1) -> None:
+    """Add a backward slice; `num_layers` is 1 if it is the plan's first of its wave in its layer, or 0."""
+    tally.backward_token_layers += sign * num_tokens
+    tally.num_backward_slices += sign
+    tally.num_backward_layers += sign * num_layers

@@ -174,7 +174,7 @@ def test_a_slow_spell_scales_every_price_alike() -> None:
         return [
             model.decode_s(500),
             model.chunk_s(64, 640, loss_tokens=64),
-            model.backward_s(512, 1.0),
+            model.backward_s(512, 1.0, 1.0),
             model.adapter_s(1000),
             model.optimizer_step_s,
             model.predict(PlanFeatures(forward_tokens=700, kv_tokens_read=900, num_sequences=3)),
