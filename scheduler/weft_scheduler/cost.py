@@ -37,6 +37,8 @@ _PRIOR_FADING = 0.97
 _LEAST_PRIOR = 1.0 / 300.0
 _FORGETTING = 0.995
 _REFIT_INTERVAL = 16
+_EARLY_INTERVAL = 4
+_NUM_EARLY = 64
 _ERROR_WINDOW = 256
 _SPEED_WINDOW = 32
 _NUM_SWEEPS = 8
@@ -144,6 +146,7 @@ class CostModel:
         self._prior = prior
         self._online = NormalEquations(_SIZE)
         self._gain = self._prior_weight = 1.0
+        self._num_observed = 0
         prior.solve(self._theta, num_sweeps=400)
         self._prior_theta = list(self._theta)
         for window in (self._errors, self._speeds, self._outliers):
@@ -214,7 +217,8 @@ class CostModel:
         self._prior_weight = max(_LEAST_PRIOR, self._prior_weight * _PRIOR_FADING)
         self._online.add(phi, clipped_s, self._gain * min(1.0, clipped_s / elapsed_s) ** 2)
         self._num_observed += 1
-        if self._num_observed % _REFIT_INTERVAL == 0:
+        interval = _EARLY_INTERVAL if self._num_observed <= _NUM_EARLY else _REFIT_INTERVAL
+        if self._num_observed % interval == 0:
             self._refit()
         self._tabulate()
 
