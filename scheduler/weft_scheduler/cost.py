@@ -1,12 +1,13 @@
 """How long an iteration takes, predicted from what it computes.
 
-    seconds = curve(forward_tokens) + Σ weight_j · feature_j
+    seconds = pace · (curve(forward_tokens) + Σ weight_j · feature_j)
 
 The curve is piecewise linear and never falls, so that it shows the memory-bound plateau below which extra
 tokens are nearly free; weights are never negative. Both are one non-negative least-squares problem over
 relative errors: a prior from calibration that fades while iterations are seen, and these, forgotten
 exponentially. Once it has faded, the prior decides only what iterations have said nothing of, so that a
-calibration on a busy machine is lived down. Knows numbers alone, no hardware.
+calibration on a busy machine is lived down. The pace follows within a few iterations what slows all of them
+down alike (`pace`). Knows numbers alone, no hardware.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -22,19 +23,22 @@ from typing import Any
 from weft_scheduler.features import LINEAR_NAMES, PlanFeatures
 from weft_scheduler.least_squares import NormalEquations
 from weft_scheduler.outliers import OutlierGuard
+from weft_scheduler.pace import Pace
 
 KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Forward tokens at which the curve bends; beyond the last one it goes on at the last slope."""
 
 _SIZE = len(KNOTS) + len(LINEAR_NAMES)
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
-_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12)
+_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12, 200e-6, 50e-6)
 _PRIOR_OBSERVATIONS = 32.0
 _NOMINAL_SHARE = 1e-3
 _PRIOR_FADING = 0.97
 _LEAST_PRIOR = 1.0 / 300.0
 _FORGETTING = 0.995
 _REFIT_INTERVAL = 16
+_EARLY_INTERVAL = 4
+_NUM_EARLY = 64
 _ERROR_WINDOW = 256
 _SPEED_WINDOW = 32
 _NUM_SWEEPS = 8
@@ -57,6 +61,7 @@ class CostModel:
         self._errors: deque[float] = deque(maxlen=_ERROR_WINDOW)
         self._speeds: deque[float] = deque(maxlen=_SPEED_WINDOW)
         self._outliers = OutlierGuard()
+        self._pace = Pace()
         self._prior_weight = 1.0
         self._prior_theta = list(self._theta)
         self._tabulate()
@@ -74,7 +79,9 @@ class CostModel:
     def predict(self, features: PlanFeatures) -> float:
         """Seconds that an iteration with these features takes."""
         f = features
-        kv, products, sequences, loss, backward, slices, adapters, steps, elements = self._weights
+        kv, products, sequences, loss, backward, slices, adapters, steps, elements, heads, layers = (
+            self._weights
+        )
         return (
             self._curve(f.forward_tokens)
             + kv * f.kv_tokens_read
@@ -86,6 +93,8 @@ class CostModel:
             + adapters * f.num_adapters
             + steps * f.optimizer_steps
             + elements * f.adapter_elements
+            + heads * f.num_loss_windows
+            + layers * f.num_backward_layers
         )
 
     def decode_s(self, context: int) -> float:
@@ -96,11 +105,13 @@ class CostModel:
         """Seconds of `num_tokens` tokens of one sequence that end at `context` keys, alone."""
         w = self._weights
         keys_s = w[0] * context + w[1] * num_tokens * context
-        return self._curve(num_tokens) + keys_s + w[3] * loss_tokens
+        loss_s = w[3] * loss_tokens + w[9] if loss_tokens else 0.0
+        return self._curve(num_tokens) + keys_s + loss_s
 
-    def backward_s(self, token_layers: int, num_slices: float) -> float:
-        """Seconds of backward slices over so many tokens times layers."""
-        return self._weights[4] * token_layers + self._weights[5] * num_slices
+    def backward_s(self, token_layers: int, num_slices: float, num_layers: float) -> float:
+        """Seconds of backward slices over so many tokens times layers, which go through `num_layers`."""
+        w = self._weights
+        return w[4] * token_layers + w[5] * num_slices + w[10] * num_layers
 
     def adapter_s(self, num_elements: int) -> float:
         """Seconds of one adapter in a batch, whatever number of tokens uses it."""
@@ -135,24 +146,30 @@ class CostModel:
         self._prior = prior
         self._online = NormalEquations(_SIZE)
         self._gain = self._prior_weight = 1.0
+        self._num_observed = 0
         prior.solve(self._theta, num_sweeps=400)
         self._prior_theta = list(self._theta)
         for window in (self._errors, self._speeds, self._outliers):
             window.clear()
+        self._pace.reset()
         self._tabulate()
 
     def to_dict(self) -> dict[str, Any]:
-        """What predictions follow from, as JSON-able values, and how far off the last ones were."""
+        """What predictions at the usual pace follow from, as JSON-able values, and how far off the last ones
+        were.
+        """
+        curve = accumulate(self._theta[: len(KNOTS)])
         return {
-            "curve": {str(knot): value for knot, value in zip(KNOTS, self._curve_values, strict=True)},
-            "weights": dict(zip(LINEAR_NAMES, self._weights, strict=True)),
+            "curve": {str(knot): value for knot, value in zip(KNOTS, curve, strict=True)},
+            "weights": dict(zip(LINEAR_NAMES, self._theta[len(KNOTS) :], strict=True)),
             "error_p50": self.error_p50,
             "error_p95": self.error_p95,
         }
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> CostModel:
-        """A model that predicts as the one did that wrote `values`, and has observed nothing.
+        """A model that predicts as the one that wrote `values` did at its usual pace, and has observed
+        nothing.
 
         Raises:
             ValueError: a knot or weight is missing, unknown, negative, or the curve falls.
@@ -177,9 +194,10 @@ class CostModel:
     def observe(self, features: PlanFeatures, elapsed_s: float) -> None:
         """Learn from an iteration that took `elapsed_s`.
 
-        A time that others of its kind do not share is clipped (`OutlierGuard`), and weighs no more than its
-        relative error allows: an outlier moves the fit little, while a machine that has changed, or a kind of
-        iteration that is predicted wrongly, is followed. A time that is not positive and finite is not one.
+        The pace takes it as it is. For the fit, a time that others of its kind do not share is clipped
+        (`OutlierGuard`), and weighs no more than its relative error allows: an outlier moves the fit little,
+        while a machine that has changed, or a kind of iteration that is predicted wrongly, is followed.
+        A time that is not positive and finite is not one.
         """
         if not (isfinite(elapsed_s) and elapsed_s > 0.0):
             return
@@ -192,13 +210,17 @@ class CostModel:
         prior_s = _dot(self._prior_theta, phi)
         if prior_s > 0.0:
             self._speeds.append(elapsed_s / prior_s)
-        clipped_s = self._outliers.clip(features.kind, predicted_s, elapsed_s)
+        usual_s = predicted_s / self._pace.factor
+        self._pace.observe(elapsed_s / usual_s)
+        clipped_s = self._outliers.clip(features.kind, usual_s, elapsed_s)
         self._gain /= _FORGETTING
         self._prior_weight = max(_LEAST_PRIOR, self._prior_weight * _PRIOR_FADING)
         self._online.add(phi, clipped_s, self._gain * min(1.0, clipped_s / elapsed_s) ** 2)
         self._num_observed += 1
-        if self._num_observed % _REFIT_INTERVAL == 0:
+        interval = _EARLY_INTERVAL if self._num_observed <= _NUM_EARLY else _REFIT_INTERVAL
+        if self._num_observed % interval == 0:
             self._refit()
+        self._tabulate()
 
     def _refit(self) -> None:
         self._online.scale(1.0 / self._gain)
@@ -206,15 +228,12 @@ class CostModel:
         speed = median(self._speeds) if self._speeds else 1.0
         both = self._online.plus(self._prior.for_speed(speed, self._prior_weight))
         both.solve(self._theta, _NUM_SWEEPS)
-        self._tabulate()
 
     def _tabulate(self) -> None:
-        self._weights = tuple(self._theta[len(KNOTS) :])
-        values, total = [], 0.0
-        for increment in self._theta[: len(KNOTS)]:
-            total += increment
-            values.append(total)
-        self._curve_values = values
+        pace = self._pace.factor
+        theta = [pace * value for value in self._theta]
+        self._weights = tuple(theta[len(KNOTS) :])
+        values = self._curve_values = list(accumulate(theta[: len(KNOTS)]))
         self._decode_s = values[0] + self._weights[2]
         self._slopes = [
             (high - low) / (right - left)

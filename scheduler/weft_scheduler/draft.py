@@ -57,13 +57,14 @@ class InFlight:
 
 
 class PlannedSlice(NamedTuple):
-    """A backward slice in a draft: its wave, the slots of its packs, and what it adds to the plan's time;
-    `prices` are the stand-alone prices of its packs, in seconds, by tenant.
+    """A backward slice in a draft: its wave, the slots of its packs, and what it adds to the plan's time (see
+    `_count_slice`); `prices` are the stand-alone prices of its packs, in seconds, by tenant.
     """
 
     wave: Wave
     adapter_slots: tuple[int, ...]
     num_tokens: int
+    num_layers: int
     prices: list[tuple[str, float]]
 
 
@@ -201,8 +202,7 @@ class PlanDraft:
             self._uncount_adapters(new)
             return False
         self._count_chunk(start, num_tokens)
-        loss_tokens = ceil(loss_share * num_tokens)
-        self.tally.loss_tokens += loss_tokens
+        loss_tokens = _count_loss(self.tally, loss_share, num_tokens)
         blocks = pack.block_ids[: self.limits.num_blocks_for(start + num_tokens)]
         self.forward.append(
             Segment(
@@ -223,7 +223,7 @@ class PlanDraft:
         alone.forward_tokens += num_tokens
         alone.kv_tokens_read += end
         alone.attention_products += num_tokens * end
-        alone.loss_tokens += loss_tokens
+        _count_loss(alone, loss_share, num_tokens)
         self.training.add(pack.spec.tenant, self.cost.chunk_s(num_tokens, end, loss_tokens))
         self._charge_adapter(pack.spec.tenant, adapter_slot)
         return True
@@ -232,31 +232,30 @@ class PlanDraft:
         self, training: TrainingQueue, wave: Wave, adapter_slots: tuple[int, ...], budget_s: float
     ) -> bool:
         """The next slice of the wave, if it fits; advances the wave."""
-        tally = self.tally
         tokens = training.slice_tokens(wave)
+        last = self.backward[-1] if self.backward else None
+        num_layers = int(last is None or (last.wave_id, last.layer) != (wave.wave_id, wave.layer))
         new = self._count_adapters(adapter_slots)
-        tally.backward_token_layers += tokens
-        tally.num_backward_slices += 1
+        _count_slice(self.tally, tokens, num_layers)
         if self.predicted_s > budget_s:
-            tally.backward_token_layers -= tokens
-            tally.num_backward_slices -= 1
+            _count_slice(self.tally, tokens, num_layers, sign=-1)
             self._uncount_adapters(new)
             return False
         members = wave.members()
         if len(members) == 1:
-            prices = [(members[0].spec.tenant, self.cost.backward_s(tokens, 1.0))]
+            prices = [(members[0].spec.tenant, self.cost.backward_s(tokens, 1.0, num_layers))]
         else:
+            share = 1 / len(members)
             own = [(pack.spec.tenant, training.window_range(pack, wave.window)[1]) for pack in members]
-            prices = [(name, self.cost.backward_s(count, 1 / len(members))) for name, count in own]
+            prices = [(name, self.cost.backward_s(n, share, num_layers * share)) for name, n in own]
         for tenant, price_s in prices:
             self.training.add(tenant, price_s)
         for pack, slot in zip(members, adapter_slots, strict=True):
             self._charge_adapter(pack.spec.tenant, slot)
-        self.training_tally.backward_token_layers += tokens
-        self.training_tally.num_backward_slices += 1
+        _count_slice(self.training_tally, tokens, num_layers)
         part, done = training.sliced(wave, self.iteration)
         self.backward.append(part)
-        self.slices.append(PlannedSlice(wave, adapter_slots, tokens, prices))
+        self.slices.append(PlannedSlice(wave, adapter_slots, tokens, num_layers, prices))
         self.done.extend(done)
         self.num_training_units += 1
         return True
@@ -272,8 +271,8 @@ class PlanDraft:
         self.done = [pack for pack in self.done if pack.status is PackStatus.DONE]
         self.num_training_units -= len(slices) + len(steps)
         for tally in (self.tally, self.training_tally):
-            tally.backward_token_layers -= sum(each.num_tokens for each in slices)
-            tally.num_backward_slices -= len(slices)
+            for each in slices:
+                _count_slice(tally, each.num_tokens, each.num_layers, sign=-1)
             tally.optimizer_steps -= len(steps)
         for each in slices:
             for tenant, price_s in each.prices:
@@ -375,12 +374,11 @@ class PlanDraft:
         return fits
 
     def _predict_chunk(self, start: int, num_tokens: int, loss_share: float) -> float:
-        loss_tokens = ceil(loss_share * num_tokens)
         self._count_chunk(start, num_tokens)
-        self.tally.loss_tokens += loss_tokens
+        _count_loss(self.tally, loss_share, num_tokens)
         predicted_s = self.predicted_s
         self._count_chunk(start, num_tokens, sign=-1)
-        self.tally.loss_tokens -= loss_tokens
+        _count_loss(self.tally, loss_share, num_tokens, sign=-1)
         return predicted_s
 
     def _count_adapters(self, slots: tuple[int, ...]) -> list[int]:
@@ -415,3 +413,18 @@ class PlanDraft:
         self._adapter_slots.difference_update(slots)
         self.tally.num_adapters -= len(slots)
         self.tally.adapter_elements -= self._elements_of(slots)
+
+
+def _count_loss(tally: PlanFeatures, loss_share: float, num_tokens: int, sign: int = 1) -> int:
+    """Add the loss of a window in which `loss_share` of the tokens are trained; returns its rows."""
+    loss_tokens = ceil(loss_share * num_tokens)
+    tally.loss_tokens += sign * loss_tokens
+    tally.num_loss_windows += sign * (loss_tokens > 0)
+    return loss_tokens
+
+
+def _count_slice(tally: PlanFeatures, num_tokens: int, num_layers: int, sign: int = 1) -> None:
+    """Add a backward slice; `num_layers` is 1 if it is the plan's first of its wave in its layer, or 0."""
+    tally.backward_token_layers += sign * num_tokens
+    tally.num_backward_slices += sign
+    tally.num_backward_layers += sign * num_layers

@@ -15,7 +15,9 @@ class PlanFeatures:
     `kv_tokens_read` sums the context of every segment, `attention_products` tokens · context of the segments
     longer than one token; `num_sequences` counts segments that sample, `loss_tokens` rows of the loss head,
     `backward_token_layers` tokens times layers of all backward slices, `num_adapters` distinct adapters and
-    `adapter_elements` their elements (so ranks count).
+    `adapter_elements` their elements (so ranks count). `num_loss_windows` counts segments with a loss, each a
+    pass over the head's weights, and `num_backward_layers` the layers that each wave goes through: slices of
+    neighbouring windows run as one, so that its weights are read about once.
     """
 
     forward_tokens: int = 0
@@ -28,6 +30,8 @@ class PlanFeatures:
     num_adapters: int = 0
     optimizer_steps: int = 0
     adapter_elements: int = 0
+    num_loss_windows: int = 0
+    num_backward_layers: int = 0
 
     @property
     def linear(self) -> tuple[int, ...]:
@@ -42,6 +46,8 @@ class PlanFeatures:
             self.num_adapters,
             self.optimizer_steps,
             self.adapter_elements,
+            self.num_loss_windows,
+            self.num_backward_layers,
         )
 
     @property
@@ -71,5 +77,7 @@ LINEAR_NAMES = (
     "num_adapters",
     "optimizer_steps",
     "adapter_elements",
+    "num_loss_windows",
+    "num_backward_layers",
 )
 """The features that a time depends on linearly."""

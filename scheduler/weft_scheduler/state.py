@@ -310,7 +310,8 @@ class SchedulerState:
         wave = self.training.wave
         is_in_wave = wave is not None and pack.status is PackStatus.IN_WAVE
         num_layers = (wave.layer if is_in_wave and wave is not None else pack.cursor_layer) + 1
-        return forward_s + cost.backward_s(spec.num_tokens * num_layers, pack.num_windows * num_layers)
+        num_slices = pack.num_windows * num_layers
+        return forward_s + cost.backward_s(spec.num_tokens * num_layers, num_slices, num_layers)
 
     # ------------------------------------------------------------ invariants
 

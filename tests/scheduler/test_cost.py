@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -148,3 +149,94 @@ def test_a_rare_kind_of_iteration_that_is_predicted_wrongly_is_no_outlier() -> N
         model.observe(features, factor * truth(features))
     assert model.predict(rare) == pytest.approx(10.0 * truth(rare), rel=0.15)
     assert model.predict(common) == pytest.approx(truth(common), rel=0.1)
+
+
+def test_a_calibration_that_a_busy_machine_spoiled_is_lived_down_within_a_few_iterations() -> None:
+    rng = random.Random(15)
+    samples = [random_features(rng) for _ in range(15)]
+    model = CostModel()
+    model.calibrate([(f, truth(f) * rng.choice((3.0, 30.0))) for f in samples])
+    for _ in range(64):
+        features = random_features(rng)
+        model.observe(features, truth(features))
+    errors = []
+    for _ in range(100):
+        features = random_features(rng)
+        errors.append(abs(model.predict(features) / truth(features) - 1.0))
+        model.observe(features, truth(features))
+    errors.sort()
+    assert errors[50] < 0.1
+
+
+def test_every_feature_has_a_price_that_is_learnt() -> None:
+    rng = random.Random(16)
+    many = {"attention_products": 10_000_000, "adapter_elements": 10_000_000_000}
+    for name in LINEAR_NAMES:
+        model = calibrated(rng)
+        without = PlanFeatures(forward_tokens=32, kv_tokens_read=1000, num_sequences=32)
+        with_it = replace(without, **{name: getattr(without, name) + many.get(name, 10_000)})
+        for _ in range(300):
+            model.observe(without, 0.010)
+            model.observe(with_it, 0.030)
+        assert model.predict(without) == pytest.approx(0.010, rel=0.05), name
+        assert model.predict(with_it) == pytest.approx(0.030, rel=0.05), name
+
+
+def test_a_window_with_a_loss_and_a_new_layer_are_priced_with_their_fixed_parts() -> None:
+    model = CostModel()
+    heads = model.predict(PlanFeatures(num_loss_windows=1))
+    layers = model.predict(PlanFeatures(num_backward_layers=1))
+    assert min(heads, layers) > 0.0
+    rows_s = model.predict(PlanFeatures(loss_tokens=8))
+    assert model.chunk_s(8, 64, 8) - model.chunk_s(8, 64) == pytest.approx(heads + rows_s)
+    assert model.backward_s(64, 1.0, 0.5) - model.backward_s(64, 1.0, 0.0) == pytest.approx(layers / 2)
+
+
+def test_a_spell_in_which_all_takes_longer_is_followed_within_a_few_iterations() -> None:
+    rng = random.Random(12)
+    model = calibrated(rng)
+    for _ in range(200):
+        features = random_features(rng)
+        model.observe(features, truth(features))
+    for slowdown in (3.0, 1.0):
+        for _ in range(4):
+            features = random_features(rng)
+            model.observe(features, slowdown * truth(features))
+        for _ in range(20):
+            features = random_features(rng)
+            assert model.predict(features) == pytest.approx(slowdown * truth(features), rel=0.25)
+            model.observe(features, slowdown * truth(features))
+
+
+def test_a_slow_spell_scales_every_price_alike() -> None:
+    rng = random.Random(13)
+    model = calibrated(rng)
+
+    def prices() -> list[float]:
+        return [
+            model.decode_s(500),
+            model.chunk_s(64, 640, loss_tokens=64),
+            model.backward_s(512, 1.0, 1.0),
+            model.adapter_s(1000),
+            model.optimizer_step_s,
+            model.predict(PlanFeatures(forward_tokens=700, kv_tokens_read=900, num_sequences=3)),
+        ]
+
+    before = prices()
+    for _ in range(3):
+        features = random_features(rng)
+        model.observe(features, 3.0 * model.predict(features))
+    ratios = [now / then for now, then in zip(prices(), before, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    assert ratios[0] > 2.0
+
+
+def test_a_slow_spell_is_not_written_into_the_fitted_file() -> None:
+    rng = random.Random(14)
+    model = calibrated(rng)
+    before = model.to_dict()
+    for _ in range(3):
+        features = random_features(rng)
+        model.observe(features, 3.0 * truth(features))
+    after = model.to_dict()
+    assert (after["curve"], after["weights"]) == (before["curve"], before["weights"])

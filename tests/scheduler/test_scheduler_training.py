@@ -408,9 +408,9 @@ def test_an_empty_plan_needs_no_commit(make_limits: Callable[..., Any]) -> None:
 def test_a_window_that_does_not_fit_the_budget_is_cut(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any]
 ) -> None:
-    # A decode takes 10 ms and 64 tokens beside it 0.5 ms: the budget has room for a part of a window of 256.
+    # A decode takes 10 ms: beside it the budget has room for a part of a window of 256.
     engine = make_engine(
-        targets=LatencyTargets(tpot_s=0.0115, ttft_s=2.0),
+        targets=LatencyTargets(tpot_s=0.013, ttft_s=2.0),
         noise=0.0,
         num_blocks=2000,
         window_tokens=256,
@@ -424,5 +424,5 @@ def test_a_window_that_does_not_fit_the_budget_is_cut(
     for _ in range(200):
         plan = engine.step()
         sizes |= {s.num_tokens for s in plan.forward if s.kind is SegmentKind.TRAIN}
-    assert any(16 <= size < 256 for size in sizes)
+    assert any(16 <= size < 256 for size in sizes), sizes
     assert engine.steps_done["j"] > 0

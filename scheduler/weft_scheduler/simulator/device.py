@@ -89,6 +89,7 @@ class SimulatedDevice:
             if segment.kind is SegmentKind.TRAIN:
                 if segment.with_loss:
                     spec = self._packs[name][0]
+                    work.num_loss_windows += 1
                     work.loss_tokens += -(-spec.num_target_tokens * segment.num_tokens // spec.num_tokens)
             elif segment.samples:
                 left[name] = remaining = left[name] - 1
@@ -112,5 +113,6 @@ class SimulatedDevice:
                 work.backward_products += num_tokens * (start + num_tokens)
                 adapters[spec.adapter] = elements
         work.num_backward_slices = len(plan.backward)
+        work.num_backward_layers = len({(part.wave_id, part.layer) for part in plan.backward})
         work.num_adapters += len(adapters)
         work.adapter_elements += sum(adapters.values())

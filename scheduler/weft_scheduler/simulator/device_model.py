@@ -135,10 +135,12 @@ def calibration_samples(
     features += [_decodes(num, adapter_elements) for num in (1, 4, 8) if adapter_elements]
     window = min(limits.window_tokens, limits.max_pack_tokens, limits.max_batch_tokens)
     if window >= 2:
-        features.append(PlanFeatures(window, window, window * window, loss_tokens=window))
+        features.append(PlanFeatures(window, window, window * window, loss_tokens=window, num_loss_windows=1))
         features.append(
             PlanFeatures(
-                backward_token_layers=window * limits.num_layers, num_backward_slices=limits.num_layers
+                backward_token_layers=window * limits.num_layers,
+                num_backward_slices=limits.num_layers,
+                num_backward_layers=limits.num_layers,
             )
         )
     return [(item, device.seconds(_work(item, limits))) for item in features]

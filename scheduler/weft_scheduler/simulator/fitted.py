@@ -15,7 +15,7 @@ from weft_scheduler.limits import Limits
 from weft_scheduler.scheduler import Scheduler
 from weft_scheduler.simulator.report import Slo
 
-FORMAT = "weft-cost-model-1"
+FORMAT = "weft-cost-model-2"
 
 _DEVIATIONS_PER_MEDIAN = 1.4826
 """Standard deviation over median absolute deviation, of a normal distribution."""
@@ -59,8 +59,10 @@ def read_fitted(text: str) -> Fitted:
         ValueError: it is not such a description, or of another version.
     """
     values = json.loads(text)
-    if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+    if not isinstance(values, Mapping) or "format" not in values:
         raise ValueError(f'it has no "format": "{FORMAT}"; a server writes such a file when it stops')
+    if values["format"] != FORMAT:
+        raise ValueError(f"its format is {values['format']!r}; this version reads {FORMAT!r}")
     try:
         cost = values["cost_model"]
         return Fitted(

@@ -176,14 +176,16 @@ def _measure_training(runner: Runner, limits: Limits) -> list[tuple[PlanFeatures
             BackwardSlice(0, (pack.pack_id,), layer, 0) for layer in reversed(range(limits.num_layers))
         ),
     )
+    with_loss = replace(_features(forward), loss_tokens=num_tokens, num_loss_windows=1, num_adapters=0)
     runner.add_pack(pack)
     try:
         return [
-            (replace(_features(forward), loss_tokens=num_tokens, num_adapters=0), _measure(runner, forward)),
+            (with_loss, _measure(runner, forward)),
             (
                 PlanFeatures(
                     backward_token_layers=num_tokens * limits.num_layers,
                     num_backward_slices=limits.num_layers,
+                    num_backward_layers=limits.num_layers,
                 ),
                 _measure(runner, backward),
             ),

@@ -100,8 +100,8 @@ def test_a_fitted_device_predicts_as_the_server_did() -> None:
     assert (fitted.slo.tpot_s, fitted.slo.ttft_s, fitted.max_pack_tokens) == (0.04, 1.5, 4096)
     cost = CostModel()
     cost.calibrate(calibration_samples(Roofline(LLAMA, H200, "nf4"), fitted.limits))
-    features = PlanFeatures(300, 9000, 70_000, 20, 100, 4096, 8, 5, 1)
-    work = Work(300, 9000, 70_000, 20, 100, 4096, 8, 5, 1)
+    counts = (300, 9000, 70_000, 20, 100, 4096, 8, 5, 1, 10_000, 3, 2)
+    features, work = PlanFeatures(*counts), Work(*counts)
     assert FittedDevice(fitted.cost).seconds(work) == pytest.approx(cost.predict(features), rel=1e-9)
 
 
@@ -118,6 +118,7 @@ def test_a_model_read_back_goes_on_learning() -> None:
     ("change", "message"),
     [
         (lambda v: v.pop("format"), "has no"),
+        (lambda v: v.update(format="weft-cost-model-1"), "'weft-cost-model-1'; this version reads"),
         (lambda v: v.pop("limits"), "missing or unknown"),
         (lambda v: v["cost_model"]["weights"].pop("loss_tokens"), "`weights` must have exactly"),
         (lambda v: v["cost_model"]["curve"].update({"16": 0.0}), "must not fall"),

@@ -10,7 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weft_scheduler.cost import CostModel
+from weft_scheduler.features import PlanFeatures
+from weft_scheduler.plan import StepPlan
 from weft_scheduler.policies import POLICIES
+from weft_scheduler.simulator.device import SimulatedDevice
+from weft_scheduler.simulator.device_model import Work
 from weft_scheduler.simulator.jobs import JobSpec, SimulatedJob, pack_lengths
 from weft_scheduler.simulator.report import (
     Percentiles,
@@ -28,6 +33,18 @@ from weft_scheduler.simulator.simulation import (
 )
 from weft_scheduler.simulator.trace import Trace, TraceRequest
 
+COUNTED_ALIKE = (
+    "forward_tokens",
+    "kv_tokens_read",
+    "attention_products",
+    "num_sequences",
+    "loss_tokens",
+    "num_loss_windows",
+    "backward_token_layers",
+    "num_backward_slices",
+    "num_backward_layers",
+    "optimizer_steps",
+)
 Traces = Callable[..., Trace]
 Setups = Callable[..., Setup]
 
@@ -227,3 +244,29 @@ def test_a_request_attains_only_with_both_targets_and_its_end() -> None:
     assert not record.attains(Slo(0.0625, 0.9))
     record.finished_s = None
     assert not record.attains(Slo(0.0625, 1.0))
+
+
+def test_the_scheduler_counts_the_work_that_the_device_finds_in_its_plans(
+    make_trace: Traces, make_setup: Setups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, believed = [], []
+    run, observe = SimulatedDevice.run, CostModel.observe
+
+    def recording_run(
+        self: SimulatedDevice, plan: StepPlan, stepped_elements: int
+    ) -> tuple[dict[str, int], float, Work]:
+        result = run(self, plan, stepped_elements)
+        found.append([getattr(result[2], name) for name in COUNTED_ALIKE])
+        return result
+
+    def recording_observe(self: CostModel, features: PlanFeatures, elapsed_s: float) -> None:
+        believed.append([getattr(features, name) for name in COUNTED_ALIKE])
+        observe(self, features, elapsed_s)
+
+    monkeypatch.setattr(SimulatedDevice, "run", recording_run)
+    monkeypatch.setattr(CostModel, "observe", recording_observe)
+    simulate(make_trace(40, 8.0), make_setup(num_jobs=2))
+    assert sorted(found) == sorted(believed)
+    for name in ("num_loss_windows", "num_backward_layers"):
+        counts = {row[COUNTED_ALIKE.index(name)] for row in found}
+        assert len(counts - {0}) > 1, name
