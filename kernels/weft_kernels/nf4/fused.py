@@ -81,7 +81,7 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None, plan: Plan) ->
 
 
 def nf4_input_grad(dy: Tensor, weight: Nf4Weight, plan: Plan) -> Tensor:
-    """`dy W`: [T, K]; see `weft_kernels.nf4.nf4_input_grad`."""
+    """`dy W`: [T, K]; see `weft_kernels.nf4.nf4_input_grad`. Tiles have 64 columns, whatever is planned."""
     tiles = plan.tiles
     if tiles is None or not _has_whole_bytes(weight):
         return dy @ dequantize(weight, dy.dtype)
@@ -90,7 +90,9 @@ def nf4_input_grad(dy: Tensor, weight: Nf4Weight, plan: Plan) -> Tensor:
     split_rows = triton.cdiv(triton.cdiv(num_out, tiles.num_splits), _INPUT_GRAD_STEP) * _INPUT_GRAD_STEP
     num_splits = triton.cdiv(num_out, split_rows)
     parts = target(dx, num_splits)
-    nf4_input_grad_kernel[(triton.cdiv(width, tiles.columns), triton.cdiv(num_rows, tiles.rows), num_splits)](
+    nf4_input_grad_kernel[
+        (triton.cdiv(width, 2 * PIECE_BYTES), triton.cdiv(num_rows, tiles.rows), num_splits)
+    ](
         *(aligned(dy), parts),
         weight.codes,
         *_scale_arguments(weight),

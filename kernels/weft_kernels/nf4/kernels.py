@@ -64,10 +64,11 @@ def _decode(packed, scales, quant_map, SHUFFLED: tl.constexpr, WEIGHT_DTYPE: tl.
 @triton.jit
 def _unpack(words, DTYPE: tl.constexpr):
     """The even and odd elements of a row-major matrix that was loaded as words of two."""
-    BITS: tl.constexpr = DTYPE.primitive_bitwidth
-    HALF: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
-    even = words.to(HALF).to(DTYPE, bitcast=True)
-    return even, (words >> BITS).to(HALF).to(DTYPE, bitcast=True)
+    if words.dtype == tl.int32:
+        even, odd = words.to(tl.int16), (words >> 16).to(tl.int16)
+    else:
+        even, odd = words.to(tl.int32), (words >> 32).to(tl.int32)
+    return even.to(DTYPE, bitcast=True), odd.to(DTYPE, bitcast=True)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from weft_kernels.nf4.weight import NF4_VALUES
 
 
-def _assembly() -> str:
+def assembly() -> str:
     """PTX: `$8` holds four bytes; `$0..$3` become the values of their high nibbles, `$4..$7` of the low ones.
 
     Lane l selects value l mod 16 out of the constants in four rounds, one for each bit of l; the assembler
@@ -39,7 +39,7 @@ def _assembly() -> str:
     return "\n".join(["{", *lines, "}"])
 
 
-_ASSEMBLY = tl.constexpr(_assembly())
+_ASSEMBLY = tl.constexpr(assembly())
 
 
 @triton.jit

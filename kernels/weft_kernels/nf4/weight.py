@@ -51,8 +51,8 @@ class Nf4Weight:
         absmax_codes: uint8 [num_blocks].
         nested_absmax, nested_offset: float32 [ceil(num_blocks / 256)].
         nested_map: float32 [256].
-        has_nf4_values: whether the quant_map is `NF4_VALUES`, which kernels need not read then. Computed, which
-            waits for the device: make weights while loading, not while serving.
+        has_nf4_values: whether the quant_map is `NF4_VALUES`, which kernels need not read then. Computed,
+            which waits for the device: make weights while loading, not while serving.
 
     Raises:
         ValueError: sizes that contradict each other, or neither or both kinds of scales.

@@ -1,7 +1,7 @@
 """Inputs and outputs of planned products, and sums over their splits.
 
-Programs that share a sum write partial sums, a second kernel adds them: in order and without atomics, so that a
-result depends on its inputs alone.
+Programs that share a sum write partial sums, a second kernel adds them: in order and without atomics, so that
+a result depends on its inputs alone.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 TILES = (16, 32, 64)
 """Rows, and ranks, of the tiles that the kernels are compiled for: sizes that fill one of each."""
 
-
 MAX_MEASURING_S = 120.0
 """Most of it goes into compiling, once per machine: Triton keeps what it compiled. What is left to measure
 when it is over runs as the defaults say, and is measured at the next start."""

@@ -12,6 +12,19 @@ MODULES = (nf4_fused, int8_fused, splits)
 SHAPES = ((6144, 4096), (4096, 14336))
 """N, K of the fused query, key and value weight, and of the down projection."""
 
+_SWIZZLE = "an operand whose rows are summed over is swizzled in units of 8 bytes"
+_PAIRS = "an operand that a warp group takes from registers is swizzled in units of 8 bytes"
+NARROW_LOADS = {
+    "nf4_linear_kernel": {"packed = tl.load(": _PAIRS},
+    "int8_linear_kernel": {"w_tile = tl.load(": _PAIRS},
+    "nf4_input_grad_kernel": {"packed = tl.load(": _SWIZZLE},
+    "int8_input_grad_kernel": {"w_tile = tl.load(": _SWIZZLE},
+}
+STACK_BYTES = {
+    "nf4_linear_kernel": (8, "two registers of loop state, in some tiles of an A100"),
+    "nf4_input_grad_kernel": (8, "two registers of loop state, with 32 rows on an H100"),
+}
+
 
 def launch(every: bool) -> None:
     """Nested scales and one row; with `every`, plain ones too and every plan that would be measured."""
