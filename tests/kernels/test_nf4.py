@@ -10,6 +10,7 @@ from torch import Tensor
 
 from weft_kernels import nf4
 from weft_kernels.nf4 import Nf4Weight, can_concatenate, concatenate, reference
+from weft_kernels.product import Plan, Tiles, candidates, row_bucket
 from weft_server.quant import nf4 as encoder
 
 CASES = [
@@ -161,8 +162,17 @@ def test_fused_decoding_is_bit_identical_to_bitsandbytes(
     assert torch.equal(fused.dequantize(weight.to(device), dtype).cpu(), expected)
 
 
-@pytest.mark.parametrize("num_rows", [1, 19, pytest.param(65, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("shape", "nested", "block_size"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("num_rows", "tiles"),
+    [
+        (1, Tiles(16, 64, 1, 2, 3)),
+        (19, Tiles(16, 32, 3, 1, 3)),
+        pytest.param(70, Tiles(64, 128, 2, 8, 3), marks=pytest.mark.slow),
+        (3, None),
+    ],
+)
+@pytest.mark.parametrize(("shape", "nested", "block_size"), [*CASES, ((40, 768), True, 64)])
 def test_fused_products_equal_the_reference(
     quantize: Quantize,
     device: torch.device,
@@ -170,30 +180,66 @@ def test_fused_products_equal_the_reference(
     nested: bool,
     block_size: int,
     num_rows: int,
+    tiles: Tiles | None,
+    dtype: torch.dtype,
 ) -> None:
     from weft_kernels.nf4 import fused
 
-    weight = quantize(shape, nested, block_size)[0].to(device)
+    weight = quantize(shape, nested, block_size, dtype)[0].to(device)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(num_rows, shape[1], generator=generator).to(device)
-    dy = torch.randn(num_rows, shape[0], generator=generator).to(device)
-    bias = torch.randn(shape[0], generator=generator).to(device)
-    # The two sum in different orders: allow a few roundings of the sum of magnitudes.
-    magnitudes = reference.dequantize(weight, torch.float32).abs()
-    for actual, expected, bound in (
+    x = torch.randn(num_rows, shape[1], generator=generator).to(device, dtype)
+    dy = torch.randn(num_rows, shape[0], generator=generator).to(device, dtype)
+    bias = torch.randn(shape[0], generator=generator).to(device, dtype)
+    dense = reference.dequantize(weight, torch.float64)
+    # Sums differ in order, and are rounded once: allow a few roundings of the sum of magnitudes.
+    for actual, expected, magnitude in (
         (
-            fused.nf4_linear(x, weight, bias),
-            reference.nf4_linear(x, weight, bias),
-            x.abs() @ magnitudes.T + bias.abs(),
+            fused.nf4_linear(x, weight, bias, Plan(tiles)),
+            x.double() @ dense.T + bias,
+            x.abs().double() @ dense.T.abs() + bias.abs(),
         ),
-        (fused.nf4_input_grad(dy, weight), reference.nf4_input_grad(dy, weight), dy.abs() @ magnitudes),
+        (
+            fused.nf4_linear(x, weight, None, Plan(tiles)),
+            x.double() @ dense.T,
+            x.abs().double() @ dense.T.abs(),
+        ),
+        (
+            fused.nf4_input_grad(dy, weight, Plan(tiles and replace(tiles, columns=64))),
+            dy.double() @ dense,
+            dy.abs().double() @ dense.abs(),
+        ),
     ):
-        tolerance = 4 * torch.finfo(torch.float32).eps * bound.max().item()
-        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+        assert actual.dtype == dtype
+        eps = torch.finfo(torch.float32).eps * 4
+        tolerance = eps * magnitude.max().item() + torch.finfo(dtype).eps * expected.abs().max().item()
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+
+
+def test_fused_products_take_rows_that_are_views(quantize: Quantize, device: torch.device) -> None:
+    from weft_kernels.nf4 import fused
+
+    weight = quantize((48, 128))[0].to(device)
+    wide = torch.randn(9, 129, generator=torch.Generator().manual_seed(2)).to(device)
+    plan = Plan(Tiles(16, 64, 1, 2, 3))
+    expected = fused.nf4_linear(wide[:, 1:].contiguous(), weight, None, plan)
+    assert torch.equal(fused.nf4_linear(wide[:, 1:], weight, None, plan), expected)
+
+
+def test_values_that_are_not_nf4s_are_read_from_the_weight(quantize: Quantize, device: torch.device) -> None:
+    from weft_kernels.nf4 import fused
+
+    weight = quantize((48, 128))[0]
+    assert weight.has_nf4_values
+    other = replace(weight, quant_map=weight.quant_map.flip(0).contiguous()).to(device)
+    assert not other.has_nf4_values
+    dense = reference.dequantize(other, torch.float32)
+    assert torch.equal(fused.dequantize(other, torch.float32), dense)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(3)).to(device)
+    torch.testing.assert_close(fused.nf4_linear(x, other, None, Plan(Tiles(16, 64, 1, 2, 3))), x @ dense.T)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [1, 16, 64, 500])
+@pytest.mark.parametrize("num_rows", [1, 5, 16, 30, 64, 500])
 @pytest.mark.parametrize("nested", [False, True])
 def test_fused_equals_reference_in_bfloat16_at_model_shapes(nested: bool, num_rows: int) -> None:
     if not torch.cuda.is_available():
@@ -204,9 +250,14 @@ def test_fused_equals_reference_in_bfloat16_at_model_shapes(nested: bool, num_ro
     assert torch.equal(nf4.dequantize(weight, torch.bfloat16), dense)
     x = torch.randn(num_rows, 4096, device="cuda", dtype=torch.bfloat16)
     dy = torch.randn(num_rows, 6144, device="cuda", dtype=torch.bfloat16)
-    for actual, expected in (
-        (nf4.nf4_linear(x, weight), x.float() @ dense.float().T),
-        (nf4.nf4_input_grad(dy, weight), dy.float() @ dense.float()),
+    bucket = row_bucket(num_rows)
+    assert bucket is not None
+    for direction, product, rows, expected in (
+        ("forward", nf4.nf4_linear, x, x.float() @ dense.float().T),
+        ("input_grad", nf4.nf4_input_grad, dy, dy.float() @ dense.float()),
     ):
         tolerance = 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max().item()
-        torch.testing.assert_close(actual.float(), expected, rtol=0, atol=tolerance)
+        for plan in candidates(direction, bucket, weight.shape):
+            actual = product(rows, weight, plan=plan)
+            torch.testing.assert_close(actual.float(), expected, rtol=0, atol=tolerance)
+            assert torch.equal(product(rows, weight, plan=plan), actual)

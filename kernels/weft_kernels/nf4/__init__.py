@@ -1,19 +1,19 @@
 """Linear layers on NF4 weights.
 
 Checks arguments and chooses between the Triton kernels (CUDA tensors) and the reference (everything else;
-float64 always). `weft_kernels.nf4.reference` and `weft_kernels.nf4.fused` hold the two, with the same
-signatures.
+float64 always). `weft_kernels.nf4.reference` and `weft_kernels.nf4.fused` hold the two.
 """
 
 import torch
 from torch import Tensor
 
 from weft_kernels.nf4 import reference
-from weft_kernels.nf4.weight import MAX_FUSED_ROWS, NESTED_BLOCK_SIZE, Nf4Weight, can_concatenate, concatenate
+from weft_kernels.nf4.weight import NESTED_BLOCK_SIZE, NF4_VALUES, Nf4Weight, can_concatenate, concatenate
+from weft_kernels.product import Plan, default_plan
 
 __all__ = [
-    "MAX_FUSED_ROWS",
     "NESTED_BLOCK_SIZE",
+    "NF4_VALUES",
     "Nf4Weight",
     "can_concatenate",
     "concatenate",
@@ -36,13 +36,14 @@ def dequantize(weight: Nf4Weight, dtype: torch.dtype) -> Tensor:
     return reference.dequantize(weight, dtype)
 
 
-def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
+def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None, plan: Plan | None = None) -> Tensor:
     """`y = x Wᵀ + bias` without gradients.
 
     Args:
         x: [T, K], any float dtype; the product is in that dtype with float32 accumulation.
         weight: [N, K].
         bias: [N] or None.
+        plan: how the kernels compute it; None is the default for this shape.
 
     Returns:
         [T, N] in x's dtype.
@@ -57,16 +58,19 @@ def nf4_linear(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tens
         if _use_kernels(weight, x.dtype):
             from weft_kernels.nf4 import fused
 
-            return fused.nf4_linear(x, weight, bias)
+            return fused.nf4_linear(
+                x, weight, bias, plan or default_plan("forward", x.shape[0], weight.shape)
+            )
         return reference.nf4_linear(x, weight, bias)
 
 
-def nf4_input_grad(dy: Tensor, weight: Nf4Weight) -> Tensor:
+def nf4_input_grad(dy: Tensor, weight: Nf4Weight, plan: Plan | None = None) -> Tensor:
     """`dx = dy W`, the input gradient of `nf4_linear`.
 
     Args:
         dy: [T, N], any float dtype.
         weight: [N, K].
+        plan: as for `nf4_linear`.
 
     Returns:
         [T, K] in dy's dtype.
@@ -79,7 +83,9 @@ def nf4_input_grad(dy: Tensor, weight: Nf4Weight) -> Tensor:
         if _use_kernels(weight, dy.dtype):
             from weft_kernels.nf4 import fused
 
-            return fused.nf4_input_grad(dy, weight)
+            return fused.nf4_input_grad(
+                dy, weight, plan or default_plan("input_grad", dy.shape[0], weight.shape)
+            )
         return reference.nf4_input_grad(dy, weight)
 
 

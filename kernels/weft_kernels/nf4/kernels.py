@@ -3,6 +3,10 @@
 Unchecked device code; `fused.py` launches it. Scales are addressed through `absmax` (float32 per block) or,
 with NESTED, through codes, group scales and group offsets. Launched without multiply-add contraction, so that
 decoded values equal the reference bit for bit.
+
+The two elements of a byte are never interleaved: a tile of bytes decodes to two matrices, of the even and of
+the odd columns of W, and each has its own product. Tiles advance in pieces of 32 bytes, as a block of 64
+elements has.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
@@ -10,14 +14,38 @@ decoded values equal the reference bit for bit.
 import triton
 import triton.language as tl
 
+from weft_kernels.nf4.lookup import look_up
+
+PIECE_BYTES = 32
+PIECES = 4
+"""Pieces a program of `nf4_linear_kernel` takes at a time: 128 bytes of each row of W."""
+
+_PIECE = tl.constexpr(PIECE_BYTES)
+_PIECES = tl.constexpr(PIECES)
+
 
 @triton.jit
 def _scales(
-    absmax, absmax_codes, nested_absmax, nested_offset, nested_map, block, mask, NESTED: tl.constexpr
+    absmax,
+    absmax_codes,
+    nested_absmax,
+    nested_offset,
+    nested_map,
+    block,
+    mask,
+    NESTED: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """Float32 scales of the given blocks; 0 outside the mask."""
+    """Float32 scales of the given blocks; 0 outside the mask.
+
+    WORDS: load nested codes four at a time, of which one is used; a loop prefetches nothing narrower.
+    """
     if NESTED:
-        code = tl.load(absmax_codes + block, mask=mask, other=0).to(tl.int32)
+        if WORDS:
+            quads = tl.load(absmax_codes.to(tl.pointer_type(tl.int32)) + block // 4, mask=mask, other=0)
+            code = (quads >> (block % 4 * 8).to(tl.int32)) & 255
+        else:
+            code = tl.load(absmax_codes + block, mask=mask, other=0).to(tl.int32)
         group = block // 256
         product = tl.load(nested_map + code) * tl.load(nested_absmax + group, mask=mask, other=0.0)
         scales = product + tl.load(nested_offset + group, mask=mask, other=0.0)
@@ -27,73 +55,24 @@ def _scales(
 
 
 @triton.jit
-def _look_up(quant_map, code, CACHED: tl.constexpr):
-    """`quant_map[code]`. CACHED hides the load from the software pipeliner, which would stage every lookup
-    through an asynchronous copy; the 64-byte map lives in L1 anyway."""
-    address = quant_map + code.to(tl.int32)
-    if CACHED:
-        value = tl.inline_asm_elementwise(
-            "ld.global.ca.f32 $0, [$1];",
-            "=f,l",
-            [address.to(tl.int64)],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+def _decode(packed, scales, quant_map, SHUFFLED: tl.constexpr, WEIGHT_DTYPE: tl.constexpr):
+    """Values of the even and of the odd elements, rounded to the recorded dtype."""
+    even, odd = look_up(packed, quant_map, SHUFFLED)
+    return (even * scales).to(WEIGHT_DTYPE), (odd * scales).to(WEIGHT_DTYPE)
+
+
+@triton.jit
+def _unpack(words, DTYPE: tl.constexpr):
+    """The even and odd elements of a row-major matrix that was loaded as words of two."""
+    if words.dtype == tl.int32:
+        even, odd = words.to(tl.int16), (words >> 16).to(tl.int16)
     else:
-        value = tl.load(address)
-    return value
+        even, odd = words.to(tl.int32), (words >> 32).to(tl.int32)
+    return even.to(DTYPE, bitcast=True), odd.to(DTYPE, bitcast=True)
 
 
 @triton.jit
-def _decode(packed, scales, quant_map, WEIGHT_DTYPE: tl.constexpr, CACHED: tl.constexpr):
-    """Bytes [.., n] times their scales, as interleaved elements [.., 2n], rounded to the recorded dtype."""
-    even = _look_up(quant_map, packed >> 4, CACHED) * scales
-    odd = _look_up(quant_map, packed & 15, CACHED) * scales
-    return tl.interleave(even.to(WEIGHT_DTYPE), odd.to(WEIGHT_DTYPE))
-
-
-@triton.jit
-def _weight_tile(
-    codes,
-    absmax,
-    absmax_codes,
-    nested_absmax,
-    nested_offset,
-    nested_map,
-    quant_map,
-    row_bytes,
-    n,
-    n_mask,
-    first_byte,
-    NESTED: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr,
-    CACHED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The decoded tile of rows `n` and BLOCK_K columns from byte `first_byte` of each row.
-
-    WHOLE_BLOCKS: a row holds whole tiles and a tile row lies in one block, so that it needs a single scale.
-    """
-    byte = first_byte + tl.arange(0, BLOCK_K // 2)
-    mask = n_mask[:, None] & (byte < row_bytes)[None, :]
-    start = n.to(tl.int64) * row_bytes
-    packed = tl.load(codes + start[:, None] + byte[None, :], mask=mask, other=0)
-    if WHOLE_BLOCKS:
-        block = (start + first_byte) // (BLOCK_SIZE // 2)
-        scales = _scales(
-            absmax, absmax_codes, nested_absmax, nested_offset, nested_map, block, n_mask, NESTED
-        )[:, None]
-    else:
-        block = (start[:, None] + byte[None, :]) // (BLOCK_SIZE // 2)
-        scales = _scales(absmax, absmax_codes, nested_absmax, nested_offset, nested_map, block, mask, NESTED)
-    return _decode(packed, scales, quant_map, WEIGHT_DTYPE, CACHED)
-
-
-@triton.jit
-def dequantize_kernel(
+def nf4_dequantize_kernel(
     out,
     codes,
     absmax,
@@ -106,6 +85,7 @@ def dequantize_kernel(
     num_bytes,
     num_blocks,
     NESTED: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -114,20 +94,20 @@ def dequantize_kernel(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * (BLOCK_SIZE // 2) + tl.arange(0, BLOCK_SIZE // 2)[None, :]
     packed = tl.load(codes + byte, mask=byte < num_bytes, other=0)
+    mask = block < num_blocks
     scales = _scales(
-        absmax, absmax_codes, nested_absmax, nested_offset, nested_map, block, block < num_blocks, NESTED
+        absmax, absmax_codes, nested_absmax, nested_offset, nested_map, block, mask, NESTED, False
     )
-    values = _decode(packed, scales[:, None], quant_map, WEIGHT_DTYPE, False)
+    even, odd = _decode(packed, scales[:, None], quant_map, SHUFFLED, WEIGHT_DTYPE)
+    values = tl.interleave(even, odd)
     element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     tl.store(out + element, values.to(out.dtype.element_ty), mask=element < num_elements)
 
 
-@triton.jit
-def linear_kernel(
-    x,
-    x_stride,
+@triton.jit(do_not_specialize=["num_rows"])
+def nf4_linear_kernel(
+    words,
     y,
-    y_stride,
     bias,
     codes,
     absmax,
@@ -138,60 +118,99 @@ def linear_kernel(
     quant_map,
     num_rows,
     N,
-    K,
     row_bytes,
+    split_bytes,
     HAS_BIAS: tl.constexpr,
     NESTED: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr,
+    SCALES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SHUFFLED: tl.constexpr,
+    DTYPE: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
-    CACHED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """`y[t, n] = Σ_k x[t, k] W[n, k] + bias[n]`; a program owns BLOCK_M × BLOCK_N of y, float32 sums."""
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """`y[s, t, n] = Σ_k x[t, k] W[n, k] + bias[n]` over the k of split s.
+
+    A program owns BLOCK_M × BLOCK_N of one split of y, float32 sums; W is the left operand, so that its
+    decoded values go to the tensor cores from registers. `words` is x, two elements a word.
+
+    SCALES: "quad" where the four pieces of a step have one word of nested codes a row; "row" where a piece of
+    a row lies in one block, and nested codes fill words; else "byte". WHOLE: rows and splits hold whole
+    steps.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_mask = m < num_rows
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(2)
     n_mask = n < N
-    x_rows = x + m.to(tl.int64)[:, None] * x_stride
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(x_rows + k[None, :], mask=m_mask[:, None] & (k < K)[None, :], other=0.0)
-        w_tile = _weight_tile(
-            codes,
-            absmax,
-            absmax_codes,
-            nested_absmax,
-            nested_offset,
-            nested_map,
-            quant_map,
-            row_bytes,
-            n,
-            n_mask,
-            first // 2,
-            NESTED,
-            WHOLE_BLOCKS,
-            WEIGHT_DTYPE,
-            CACHED,
-            BLOCK_SIZE,
-            BLOCK_K,
-        )
-        acc += tl.dot(x_tile, tl.trans(w_tile.to(x.dtype.element_ty)), input_precision="ieee")
+    m_mask = m < num_rows
+    byte = tl.arange(0, _PIECE)
+    start = n.to(tl.int64) * row_bytes
+    w_rows = codes + start[:, None] + byte[None, :]
+    x_rows = words + m.to(tl.int64)[None, :] * row_bytes + byte[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    begin = split * split_bytes
+    for first in range(begin, min(begin + split_bytes, row_bytes), _PIECE * _PIECES):
+        if SCALES == "quad":
+            step = (start + first) // (_PIECE * _PIECES)
+            quad = tl.load(absmax_codes.to(tl.pointer_type(tl.int32)) + step, mask=n_mask, other=0)
+            group_scale = tl.load(nested_absmax + step // 64, mask=n_mask, other=0.0)
+            group_offset = tl.load(nested_offset + step // 64, mask=n_mask, other=0.0)
+        for piece in tl.static_range(_PIECES):
+            at = first + piece * _PIECE
+            w_mask = n_mask[:, None]
+            x_mask = m_mask[None, :]
+            if not WHOLE:
+                w_mask = w_mask & (at + byte < row_bytes)[None, :]
+                x_mask = x_mask & (at + byte < row_bytes)[:, None]
+            packed = tl.load(w_rows + at, mask=w_mask, other=0)
+            if SCALES == "quad":
+                code = (quad >> (8 * piece)) & 255
+                scales = (tl.load(nested_map + code) * group_scale + group_offset)[:, None]
+            elif SCALES == "row":
+                block = (start + at) // (BLOCK_SIZE // 2)
+                row_mask = n_mask & (start + at < start + row_bytes)
+                scales = _scales(
+                    absmax,
+                    absmax_codes,
+                    nested_absmax,
+                    nested_offset,
+                    nested_map,
+                    block,
+                    row_mask,
+                    NESTED,
+                    True,
+                )[:, None]
+            else:
+                block = (start[:, None] + at + byte[None, :]) // (BLOCK_SIZE // 2)
+                scales = _scales(
+                    absmax,
+                    absmax_codes,
+                    nested_absmax,
+                    nested_offset,
+                    nested_map,
+                    block,
+                    w_mask,
+                    NESTED,
+                    False,
+                )
+            w_even, w_odd = _decode(packed, scales, quant_map, SHUFFLED, WEIGHT_DTYPE)
+            x_even, x_odd = _unpack(tl.load(x_rows + at, mask=x_mask, other=0), DTYPE)
+            acc += tl.dot(w_even.to(DTYPE), x_even, input_precision="ieee")
+            acc += tl.dot(w_odd.to(DTYPE), x_odd, input_precision="ieee")
     if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[None, :]
-    y_tile = y + m.to(tl.int64)[:, None] * y_stride + n[None, :]
-    tl.store(y_tile, acc.to(y.dtype.element_ty), mask=m_mask[:, None] & n_mask[None, :])
+        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+    row = (split * num_rows + m).to(tl.int64)
+    tl.store(
+        y + row[None, :] * N + n[:, None], acc.to(y.dtype.element_ty), mask=m_mask[None, :] & n_mask[:, None]
+    )
 
 
-@triton.jit
-def input_grad_kernel(
+@triton.jit(do_not_specialize=["num_rows"])
+def nf4_input_grad_kernel(
     dy,
-    dy_stride,
     dx,
-    dx_stride,
     codes,
     absmax,
     absmax_codes,
@@ -201,46 +220,69 @@ def input_grad_kernel(
     quant_map,
     num_rows,
     N,
-    K,
     row_bytes,
+    split_rows,
     NESTED: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr,
+    SCALES: tl.constexpr,
+    SHUFFLED: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
-    CACHED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """`dx[t, k] = Σ_n dy[t, n] W[n, k]`; a program owns BLOCK_M × BLOCK_K of dx, float32 sums."""
+    """`dx[s, t, k] = Σ_n dy[t, n] W[n, k]` over the n of split s.
+
+    A program owns BLOCK_M × one piece (64 columns) of one split of dx, float32 sums. SCALES: as in
+    `nf4_linear_kernel`, "row" or "byte".
+    """
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    split = tl.program_id(2)
+    first_byte = tl.program_id(0) * _PIECE
+    byte = first_byte + tl.arange(0, _PIECE)
     m_mask = m < num_rows
-    dy_rows = dy + m.to(tl.int64)[:, None] * dy_stride
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for first in range(0, N, BLOCK_N):
+    byte_mask = byte < row_bytes
+    dy_rows = dy + m.to(tl.int64)[:, None] * N
+    acc_even = tl.zeros((BLOCK_M, _PIECE), dtype=tl.float32)
+    acc_odd = tl.zeros((BLOCK_M, _PIECE), dtype=tl.float32)
+    begin = split * split_rows
+    for first in range(begin, min(begin + split_rows, N), BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         n_mask = n < N
         dy_tile = tl.load(dy_rows + n[None, :], mask=m_mask[:, None] & n_mask[None, :], other=0.0)
-        w_tile = _weight_tile(
-            codes,
-            absmax,
-            absmax_codes,
-            nested_absmax,
-            nested_offset,
-            nested_map,
-            quant_map,
-            row_bytes,
-            n,
-            n_mask,
-            tl.program_id(0) * (BLOCK_K // 2),
-            NESTED,
-            WHOLE_BLOCKS,
-            WEIGHT_DTYPE,
-            CACHED,
-            BLOCK_SIZE,
-            BLOCK_K,
-        )
-        acc += tl.dot(dy_tile, w_tile.to(dy.dtype.element_ty), input_precision="ieee")
-    dx_tile = dx + m.to(tl.int64)[:, None] * dx_stride + k[None, :]
-    tl.store(dx_tile, acc.to(dx.dtype.element_ty), mask=m_mask[:, None] & (k < K)[None, :])
+        mask = n_mask[:, None] & byte_mask[None, :]
+        start = n.to(tl.int64) * row_bytes
+        packed = tl.load(codes + start[:, None] + byte[None, :], mask=mask, other=0)
+        if SCALES == "row":
+            block = (start + first_byte) // (BLOCK_SIZE // 2)
+            scales = _scales(
+                absmax,
+                absmax_codes,
+                nested_absmax,
+                nested_offset,
+                nested_map,
+                block,
+                n_mask,
+                NESTED,
+                True,
+            )[:, None]
+        else:
+            block = (start[:, None] + byte[None, :]) // (BLOCK_SIZE // 2)
+            scales = _scales(
+                absmax,
+                absmax_codes,
+                nested_absmax,
+                nested_offset,
+                nested_map,
+                block,
+                mask,
+                NESTED,
+                False,
+            )
+        w_even, w_odd = _decode(packed, scales, quant_map, SHUFFLED, WEIGHT_DTYPE)
+        acc_even += tl.dot(dy_tile, w_even.to(dy.dtype.element_ty), input_precision="ieee")
+        acc_odd += tl.dot(dy_tile, w_odd.to(dy.dtype.element_ty), input_precision="ieee")
+    k = tl.program_id(0) * (2 * _PIECE) + tl.arange(0, 2 * _PIECE)
+    row = (split * num_rows + m).to(tl.int64)
+    values = tl.interleave(acc_even, acc_odd).to(dx.dtype.element_ty)
+    mask = m_mask[:, None] & (k < 2 * row_bytes)[None, :]
+    tl.store(dx + row[:, None] * (2 * row_bytes) + k[None, :], values, mask=mask)

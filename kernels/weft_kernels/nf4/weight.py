@@ -5,13 +5,31 @@ format is QLoRA's (arXiv:2305.14314) as bitsandbytes stores it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-MAX_FUSED_ROWS = 64
-"""Above this many rows the library's product on a decoded copy wins over decoding once per tile of rows."""
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""What the codes of an NF4 checkpoint stand for: quantiles of the standard normal distribution, scaled to
+[-1, 1], with an exact zero (QLoRA, appendix E)."""
 
 NESTED_BLOCK_SIZE = 256
 """Scales that share one second-level scale and offset."""
@@ -33,6 +51,8 @@ class Nf4Weight:
         absmax_codes: uint8 [num_blocks].
         nested_absmax, nested_offset: float32 [ceil(num_blocks / 256)].
         nested_map: float32 [256].
+        has_nf4_values: whether the quant_map is `NF4_VALUES`, which kernels need not read then. Computed,
+            which waits for the device: make weights while loading, not while serving.
 
     Raises:
         ValueError: sizes that contradict each other, or neither or both kinds of scales.
@@ -48,6 +68,7 @@ class Nf4Weight:
     nested_absmax: Tensor | None = None
     nested_offset: Tensor | None = None
     nested_map: Tensor | None = None
+    has_nf4_values: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         if self.block_size < 2 or self.block_size & (self.block_size - 1):
@@ -60,18 +81,20 @@ class Nf4Weight:
             expected["absmax_codes"] = (self.num_blocks, torch.uint8)
             expected["nested_absmax"] = expected["nested_offset"] = (num_groups, torch.float32)
             expected["nested_map"] = (256, torch.float32)
-        for field in _TENSORS:
-            tensor: Tensor | None = getattr(self, field)
-            if field not in expected:
+        for name in _TENSORS:
+            tensor: Tensor | None = getattr(self, name)
+            if name not in expected:
                 if tensor is not None:
-                    raise ValueError(f"{field} makes no sense beside absmax")
+                    raise ValueError(f"{name} makes no sense beside absmax")
                 continue
-            size, dtype = expected[field]
+            size, dtype = expected[name]
             if tensor is None:
-                raise ValueError(f"{field} is missing")
+                raise ValueError(f"{name} is missing")
             if tensor.shape != (size,) or tensor.dtype != dtype or not tensor.is_contiguous():
                 found = f"{tuple(tensor.shape)} {tensor.dtype}"
-                raise ValueError(f"{field} of a {self.shape} weight must be ({size},) {dtype}, got {found}")
+                raise ValueError(f"{name} of a {self.shape} weight must be ({size},) {dtype}, got {found}")
+        if not self.quant_map.is_meta:
+            object.__setattr__(self, "has_nf4_values", tuple(self.quant_map.tolist()) == NF4_VALUES)
 
     @property
     def num_elements(self) -> int:
@@ -117,7 +140,9 @@ class Nf4Weight:
 
 
 _TENSORS = tuple(
-    field.name for field in fields(Nf4Weight) if field.name not in ("shape", "dtype", "block_size")
+    entry.name
+    for entry in fields(Nf4Weight)
+    if entry.name not in ("shape", "dtype", "block_size", "has_nf4_values")
 )
 
 

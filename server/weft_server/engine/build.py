@@ -50,6 +50,9 @@ from weft_server.protocol import EngineReady
 
 log = logging.getLogger(__name__)
 
+PLAN_FILE = "kernel_plans.json"
+"""In the data folder: which way of computing each product was measured to be the fastest on this device."""
+
 _HOST_CACHE_BYTES = 2 << 30
 _PINNED_FILL = 15 / 16
 """Part of the pinned adapters' region that is offered: the rest is for the alignment of their tensors."""
@@ -157,7 +160,7 @@ def assemble_engine(
     runner = Runner(
         decoder, cache, arena.table, max_num_seqs=limits.max_num_seqs, window_tokens=limits.window_tokens
     )
-    warm_up(decoder, arena)
+    warm_up(decoder, arena, Path(config.data_dir) / PLAN_FILE if config.data_dir else None)
     calibration = calibrate(runner, limits, arena, model.module_shapes)
     targets = _targets(config, device, calibration.unloaded_decode_s)
     cost = CostModel()

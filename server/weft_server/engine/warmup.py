@@ -2,7 +2,8 @@
 
 Triton compiles a kernel when it is first launched with a new combination of tile sizes: seconds, in which a
 serving engine would stand still. So at start every combination that can occur is launched once, on zeros and
-on a dummy adapter that is gone afterwards.
+on a dummy adapter that is gone afterwards. Where there are several ways to compute a product, they are
+measured then, too, and the fastest is used from there on.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from weft_kernels.lora import LoraBatch, LoraDropout, LoraEntry, lora_backward, lora_forward
-from weft_kernels.nf4 import MAX_FUSED_ROWS
+from weft_kernels.nf4 import Nf4Weight
 from weft_kernels.norm import add_rms_norm, rms_norm_backward
+from weft_kernels.product import MAX_PLANNED_ROWS, ROW_BUCKETS, Direction, Plan, PlanTable, candidates
+from weft_kernels.product.tuning import DeviceTimer, PlanFile, Tuner, device_owner
 from weft_kernels.rope import KvSlots, rotate_backward, rotate_queries, write_rotated
 from weft_kernels.sampling import draw
 from weft_kernels.swiglu import swiglu, swiglu_backward
@@ -27,6 +32,7 @@ from weft_server.adapters.layout import AdapterLayout, ModuleShapes
 from weft_server.adapters.paths import MODULE_GROUPS, MODULES
 from weft_server.model.decoder import Decoder
 from weft_server.model.weights import DecoderWeights
+from weft_server.quant.linear import QuantizedLinear
 from weft_server.training.loss import loss_head
 
 log = logging.getLogger(__name__)
@@ -34,13 +40,23 @@ log = logging.getLogger(__name__)
 TILES = (16, 32, 64)
 """Rows, and ranks, of the tiles that the kernels are compiled for: sizes that fill one of each."""
 
+MAX_MEASURING_S = 120.0
+"""Most of it goes into compiling, once per machine: Triton keeps what it compiled. What is left to measure
+when it is over runs as the defaults say, and is measured at the next start."""
 
-def warm_up(decoder: Decoder, arena: AdapterArena) -> None:
-    """Launch what the engine will launch; nothing to do where the reference runs (CPU, or float64)."""
+
+def warm_up(decoder: Decoder, arena: AdapterArena, plan_file: Path | None = None) -> None:
+    """Launch what the engine will launch; nothing to do where the reference runs (CPU, or float64).
+
+    Args:
+        plan_file: where the measured plans of products are kept from one start to the next.
+    """
     if decoder.device.type != "cuda" or decoder.dtype == torch.float64:
         return
     started = time.perf_counter()
-    warm_linears(decoder.weights)
+    plans = PlanFile(plan_file, device_owner(decoder.device))
+    warm_linears(decoder.weights, Tuner(plans, DeviceTimer(decoder.device), max_seconds=MAX_MEASURING_S))
+    plans.save()
     warm_rows(decoder)
     warm_lora(arena, decoder.config.num_layers, decoder.config.module_shapes)
     torch.cuda.synchronize(decoder.device)
@@ -48,12 +64,54 @@ def warm_up(decoder: Decoder, arena: AdapterArena) -> None:
 
 
 @torch.no_grad()
-def warm_linears(weights: DecoderWeights) -> None:
-    """Products of all row counts that differ, forward and backward, with every linear of one layer."""
-    for linear in weights.layers[0].linears:
-        for num_rows in (*TILES, MAX_FUSED_ROWS + 1):
-            x = torch.zeros(num_rows, linear.in_features, dtype=weights.dtype, device=weights.device)
-            linear.input_grad(linear.forward(x))
+def warm_linears(weights: DecoderWeights, tuner: Tuner) -> None:
+    """Choose the plans of every linear, and run each once; those of equal shape and format share them."""
+    tables: dict[str, PlanTable] = {}
+    for layer in weights.layers:
+        for linear in layer.linears:
+            if linear.is_expanded:
+                continue
+            key = _kind(linear)
+            if key not in tables:
+                tables[key] = _choose_plans(linear, key, tuner, weights.device)
+            linear.plans = tables[key]
+
+
+def _kind(linear: QuantizedLinear) -> str:
+    """Equal for linears whose products launch the same code."""
+    parts: list[object] = [linear.format, linear.dtype, f"{linear.out_features}x{linear.in_features}"]
+    packed = linear.packed
+    if isinstance(packed, Nf4Weight):
+        parts += [packed.dtype, packed.block_size, "nested" if packed.nested else "plain"]
+        parts += [] if packed.has_nf4_values else ["other values"]
+    parts += [] if linear.bias is None else ["bias"]
+    return " ".join(str(part).removeprefix("torch.") for part in parts)
+
+
+def _choose_plans(linear: QuantizedLinear, key: str, tuner: Tuner, device: torch.device) -> PlanTable:
+    shape = (linear.out_features, linear.in_features)
+
+    def choose(direction: Direction) -> tuple[Plan, ...]:
+        width = shape[1] if direction == "forward" else shape[0]
+        plans = []
+        for bucket in ROW_BUCKETS:
+            rows = torch.zeros(bucket, width, dtype=linear.dtype, device=device)
+            run = partial(_run_linear, linear, direction, rows)
+            plans.append(
+                tuner.choose(f"{key} {direction} {bucket}", candidates(direction, bucket, shape), run)
+            )
+        return tuple(plans)
+
+    table = PlanTable(forward=choose("forward"), input_grad=choose("input_grad"))
+    beyond = torch.zeros(MAX_PLANNED_ROWS + 1, shape[1], dtype=linear.dtype, device=device)
+    linear.input_grad(linear.forward(beyond))
+    return table
+
+
+def _run_linear(linear: QuantizedLinear, direction: Direction, rows: torch.Tensor, plan: Plan) -> None:
+    every = (plan,) * len(ROW_BUCKETS)
+    linear.plans = PlanTable(forward=every, input_grad=every)
+    linear.forward(rows) if direction == "forward" else linear.input_grad(rows)
 
 
 @torch.no_grad()

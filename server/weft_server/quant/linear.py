@@ -1,7 +1,7 @@
 """QuantizedLinear: one frozen linear layer, whatever format its weight is kept in.
 
-Owns the choice between the dequantizing kernels and a dense product, and the fusion of several layers that
-read the same input. Knows nothing of LoRA, of model architectures or of files.
+Owns the choice between products with the packed weight and with a dense one, and the fusion of several layers
+that read the same input. Knows nothing of LoRA, of model architectures or of files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from weft_kernels import int8, nf4
 from weft_kernels.int8 import Int8Weight
 from weft_kernels.nf4 import Nf4Weight
 from weft_kernels.prepacked import PrepackedWeight, lay_out
+from weft_kernels.product import PlanTable
 
 Format = Literal["none", "nf4", "int8"]
 
@@ -33,6 +34,8 @@ class QuantizedLinear:
         bias: [N] in the compute dtype, or None.
         dtype: the compute dtype; inputs must have it.
         format: the format that defines the weight's values, also after expansion.
+        plans: how a GPU computes products with the packed weight, as measured; None: as documented defaults
+            say.
     """
 
     __slots__ = (
@@ -46,6 +49,7 @@ class QuantizedLinear:
         "format",
         "in_features",
         "out_features",
+        "plans",
     )
 
     def __init__(
@@ -68,6 +72,7 @@ class QuantizedLinear:
             ValueError: the weight is not a matrix, or the bias does not fit it.
         """
         self.dtype = dtype
+        self.plans: PlanTable | None = None
         self._packed: Nf4Weight | Int8Weight | None = None
         self._dense: Tensor | None = None
         self._laid_out: PrepackedWeight | None = None
@@ -96,10 +101,11 @@ class QuantizedLinear:
             return self._laid_out.product(x, self.bias)
         if self._wants_dense(x):
             return F.linear(x, self.weight_dense(), self.bias)
+        plan = None if self.plans is None else self.plans.plan("forward", x.shape[0])
         if isinstance(self._packed, Nf4Weight):
-            return nf4.nf4_linear(x, self._packed, self.bias)
+            return nf4.nf4_linear(x, self._packed, self.bias, plan)
         assert self._packed is not None
-        return int8.int8_linear(x, self._packed, self.bias)
+        return int8.int8_linear(x, self._packed, self.bias, plan)
 
     def input_grad(self, dy: Tensor) -> Tensor:
         """dy [T, N] in the compute dtype -> dx = dy W [T, K]. The bias has no part in it."""
@@ -110,13 +116,14 @@ class QuantizedLinear:
             return self._laid_out_for_grad.product(dy)
         if self._wants_dense(dy):
             return dy @ self.weight_dense()
+        plan = None if self.plans is None else self.plans.plan("input_grad", dy.shape[0])
         if isinstance(self._packed, Nf4Weight):
-            return nf4.nf4_input_grad(dy, self._packed)
+            return nf4.nf4_input_grad(dy, self._packed, plan)
         assert self._packed is not None
-        return int8.int8_input_grad(dy, self._packed)
+        return int8.int8_input_grad(dy, self._packed, plan)
 
     def _wants_dense(self, rows: Tensor) -> bool:
-        if self._packed is None or self._dense is not None or rows.shape[0] > nf4.MAX_FUSED_ROWS:
+        if self._packed is None or self._dense is not None:
             return True
         return _needs_autograd(rows)
 

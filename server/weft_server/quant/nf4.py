@@ -18,27 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.nf4 import NESTED_BLOCK_SIZE, Nf4Weight
-
-# Quantiles of the standard normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
-NF4_VALUES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+from weft_kernels.nf4 import NESTED_BLOCK_SIZE, NF4_VALUES, Nf4Weight
 
 _QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 _SMALLEST_SCALE = 1e-38

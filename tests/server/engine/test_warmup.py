@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import triton
 
-from weft_kernels import lora
+from weft_kernels import int8, lora, nf4
+from weft_kernels.int8 import fused as int8_fused
 from weft_kernels.lora import LoraBatch, LoraDropout, fused
+from weft_kernels.nf4 import fused as nf4_fused
+from weft_kernels.product import splits
+from weft_kernels.product.tuning import PlanFile, Tuner
 from weft_scheduler.limits import Limits
 from weft_server.adapters.arena import AdapterArena
 from weft_server.adapters.paths import MODULE_GROUPS, MODULES
@@ -20,6 +25,8 @@ from weft_server.engine import warmup
 from weft_server.engine.calibration import calibrate
 from weft_server.engine.runner import Runner
 from weft_server.model.decoder import Decoder
+from weft_server.quant.encoding import encode
+from weft_server.quant.linear import QuantizedLinear
 
 
 @pytest.fixture
@@ -92,7 +99,7 @@ class _Recorder:
 
     def record(self, *args, **kwargs):
         launch = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        general = (getattr(self.kernel, "kwargs", None) or vars(self.kernel))["do_not_specialize"]
+        general = (getattr(self.kernel, "kwargs", None) or vars(self.kernel))["do_not_specialize"] or ()
         key = [self.kernel.__name__]
         for name, value in launch.items():
             if isinstance(value, torch.Tensor):
@@ -149,6 +156,75 @@ def _launch(arena, shapes, runs, has_dropout, is_trained):
         if is_trained:
             grads = {0: torch.zeros(arena.num_elements, device=meta)}
             lora.lora_backward(x, y, x, grads, arena.table, 0, modules, widths, batch, dropout)
+
+
+class _Tuning:
+    """A tuner's collaborators: of each choice, the candidate of the given index is the fastest."""
+
+    def __init__(self, fastest):
+        self.fastest, self.num_measured = fastest, 0
+
+    def measure(self, run):
+        run()
+        self.num_measured += 1
+        return abs(self.num_measured % 2 - self.fastest)
+
+    def tuner(self):
+        return Tuner(PlanFile(None, {}), self.measure, max_seconds=1e9)
+
+
+def _linears(format, shapes, device):  # noqa: A002
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(3)) for shape in shapes]
+    return [_moved(encode(weight, format=format, dtype=torch.bfloat16), device) for weight in weights]
+
+
+def _moved(linear, device):
+    return QuantizedLinear(linear.packed.to(device), dtype=linear.dtype)
+
+
+def _weights(layers, device):
+    layers = tuple(SimpleNamespace(linears=linears) for linears in layers)
+    return SimpleNamespace(layers=layers, dtype=torch.bfloat16, device=device)
+
+
+def test_linears_of_one_shape_and_format_are_measured_once_and_share_plans():
+    shapes, device = [(64, 128), (128, 64)], torch.device("cpu")
+    first, second = (_linears("nf4", shapes, device) for _ in range(2))
+    dense = encode(torch.ones(64, 128), format="nf4", dtype=torch.bfloat16, expanded=True)
+    other = _linears("int8", shapes[:1], device)[0]
+    tuning = _Tuning(0)
+    warmup.warm_linears(_weights([first, [*second, dense, other]], device), tuning.tuner())
+    assert [a.plans for a in first] == [b.plans for b in second]
+    assert first[0].plans is second[0].plans
+    assert first[0].plans is not first[1].plans
+    assert dense.plans is None
+    measured = tuning.num_measured
+    again = _Tuning(0)
+    warmup.warm_linears(_weights([first[:1]], device), again.tuner())
+    warmup.warm_linears(_weights([first[1:]], device), again.tuner())
+    warmup.warm_linears(_weights([[other]], device), again.tuner())
+    assert again.num_measured == measured
+
+
+@pytest.mark.parametrize("fastest", [0, 1])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_no_product_compiles_what_the_warm_up_has_not(format, fastest, monkeypatch):  # noqa: A002
+    seen, meta = set(), torch.device("meta")
+    monkeypatch.setattr(nf4, "_use_kernels", lambda *_: True)
+    monkeypatch.setattr(int8, "_use_kernels", lambda *_: True)
+    for module in (nf4_fused, int8_fused, splits):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, _Recorder(getattr(module, name), seen))
+    linears = _linears(format, [(768, 1024), (1024, 320)], meta)
+    warmup.warm_linears(_weights([linears], meta), _Tuning(fastest).tuner())
+    warmed = set(seen)
+    assert warmed
+    for linear, num_rows in itertools.product(linears, (1, 2, 7, 16, 17, 48, 65, 129, 400, 513, 1024)):
+        x = torch.zeros(num_rows + 1, linear.in_features, dtype=torch.bfloat16, device=meta)
+        dy = torch.zeros(num_rows, linear.out_features + 8, dtype=torch.bfloat16, device=meta)
+        linear.forward(x[1:])
+        linear.input_grad(dy[:, 8:])
+    assert seen == warmed
 
 
 @pytest.mark.gpu

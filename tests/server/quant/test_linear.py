@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.nf4 import MAX_FUSED_ROWS
 from weft_kernels.prepacked import can_prepack
+from weft_kernels.product import MAX_PLANNED_ROWS
 from weft_server.quant import nf4
 from weft_server.quant.encoding import encode
 from weft_server.quant.linear import Format, QuantizedLinear, fuse
@@ -38,7 +38,7 @@ def rows(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("expanded", [False, True], ids=["packed", "expanded"])
-@pytest.mark.parametrize("num_rows", [0, 1, 5, MAX_FUSED_ROWS + 1])
+@pytest.mark.parametrize("num_rows", [0, 1, 5, MAX_PLANNED_ROWS + 1])
 def test_products_are_those_of_the_decoded_weight(
     format: Format,  # noqa: A002
     expanded: bool,
@@ -191,11 +191,12 @@ def test_packed_weights_and_other_dtypes_are_not_prepacked() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("num_rows", [1, 16, MAX_FUSED_ROWS + 1])
-def test_products_on_a_gpu_are_those_of_the_decoded_weight(num_rows: int) -> None:
+@pytest.mark.parametrize("num_rows", [0, 1, 16, 100, MAX_PLANNED_ROWS + 1])
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_products_on_a_gpu_are_those_of_the_decoded_weight(format: Format, num_rows: int) -> None:  # noqa: A002
     generator = torch.Generator("cuda").manual_seed(0)
     weight = torch.randn(384, 256, device="cuda", generator=generator).bfloat16() * 0.05
-    layer = encode(weight, format="nf4", dtype=torch.bfloat16)
+    layer = encode(weight, format=format, dtype=torch.bfloat16)
     x = torch.randn(num_rows, 256, device="cuda", generator=generator).bfloat16()
     dy = torch.randn(num_rows, 384, device="cuda", generator=generator).bfloat16()
     decoded = layer.weight_dense().float()
