@@ -76,6 +76,11 @@ class CostModel:
         """95th percentile of the relative error of the last predictions; 0 before the first observation."""
         return self._error_at(0.95)
 
+    @property
+    def pace(self) -> float:
+        """What all times are multiplied by at present, against the usual ones."""
+        return self._pace.factor
+
     def predict(self, features: PlanFeatures) -> float:
         """Seconds that an iteration with these features takes."""
         f = features
@@ -210,7 +215,7 @@ class CostModel:
         prior_s = _dot(self._prior_theta, phi)
         if prior_s > 0.0:
             self._speeds.append(elapsed_s / prior_s)
-        usual_s = predicted_s / self._pace.factor
+        usual_s = predicted_s / self.pace
         self._pace.observe(elapsed_s / usual_s)
         clipped_s = self._outliers.clip(features.kind, usual_s, elapsed_s)
         self._gain /= _FORGETTING
@@ -230,7 +235,7 @@ class CostModel:
         both.solve(self._theta, _NUM_SWEEPS)
 
     def _tabulate(self) -> None:
-        pace = self._pace.factor
+        pace = self.pace
         theta = [pace * value for value in self._theta]
         self._weights = tuple(theta[len(KNOTS) :])
         values = self._curve_values = list(accumulate(theta[: len(KNOTS)]))
