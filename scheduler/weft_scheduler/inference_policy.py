@@ -36,13 +36,12 @@ LAYER_PATIENCE_S = 0.5
 def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
     """Preempt one sequence if all places are taken and somebody has waited too long for a fair part of them.
 
-    The tenant whose first request waits longest gets a place of the tenant that has most places for its
-    weight, provided that it has no more for its own weight once the place has changed hands, and that it is
-    next in turn: a place that its former owner or nobody would get is not worth a preemption.
+    First of all a default request takes the place of its own tenant's last flex sequence. Else the tenant
+    whose first request waits longest gets a place of the tenant that has most places for its weight,
+    provided that it has no more for its own weight once the place has changed hands, and that it is next in
+    turn: a place that its former owner or nobody would get is not worth a preemption.
     """
-    if len(state.running) < state.limits.max_num_seqs:
-        return
-    if _take_place_of_own_flex(state, draft):
+    if _take_place_of_own_flex(state, draft) or len(state.running) < state.limits.max_num_seqs:
         return
     places = state.num_running
     overdue = [
@@ -65,23 +64,37 @@ def make_room_for_the_overdue(state: SchedulerState, draft: PlanDraft) -> None:
 
 
 def _take_place_of_own_flex(state: SchedulerState, draft: PlanDraft) -> bool:
-    """Preempt the last flex sequence of a tenant whose default request has waited too long for a place."""
+    """Preempt the last flex sequence of a tenant whose default request has waited too long for a place: of
+    all, if it is next in turn, or of those that its concurrency allows.
+    """
     running = state.by_precedence()[1:]
     flex = {seq.spec.tenant: seq for seq in running if seq.is_flex and not seq.has_aged}
-    for tenant, last in flex.items():
-        head = _head(state, tenant) if tenant in state.waiting.tenants else None
+    waiting = flex.keys() & set(state.waiting.tenants)
+    if not waiting:
+        return False
+    is_full = len(state.running) >= state.limits.max_num_seqs
+    tag, limit = state.shares.tag, _lead_limit(state, draft.iteration)
+    first_tag = min(map(tag, state.waiting.tenants))
+    for tenant in sorted(waiting, key=tag):
+        lacks_place = tag(tenant) <= first_tag if is_full else state.is_at_its_concurrency(tenant)
+        if not lacks_place or tag(tenant) > limit(tenant):
+            continue
+        head = _first_admissible(state, tenant)
         if head is None or head.is_flex:
             continue
         if draft.now_s - head.waiting_since_s >= state.limits.max_wait_s:
-            state.preempt(last, draft)
+            state.preempt(flex[tenant], draft)
             return True
     return False
 
 
 def _head(state: SchedulerState, tenant: str) -> Sequence | None:
     """The first waiting request of a tenant that could start if there were a place."""
-    if state.is_at_its_concurrency(tenant):
-        return None
+    return None if state.is_at_its_concurrency(tenant) else _first_admissible(state, tenant)
+
+
+def _first_admissible(state: SchedulerState, tenant: str) -> Sequence | None:
+    """The first waiting request of a tenant whose adapter is there, whatever its concurrency."""
     heads = state.waiting.heads_among(tenant, state.residency.extents)
     return next((seq for seq in heads if _is_admissible(state, seq)), None)
 

@@ -1,9 +1,9 @@
 """Finetuning: which packs get blocks, and how many windows, slices and optimizer steps a plan takes.
 
 Optimizer steps go first (their jobs stand still), then forward windows (they make waves wide; one that does
-not fit is cut), then the
-slices of the wave. Tenants take turns by their shares when packs are admitted; those that are ahead of others
-whose finetuning could run sit out, with their windows and from the next wave on.
+not fit is cut), then the slices of the wave. Tenants take turns by their shares when packs are admitted;
+those that are ahead of others whose finetuning could run sit out, with their windows and from the next wave
+on.
 """
 
 from __future__ import annotations

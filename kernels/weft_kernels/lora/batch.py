@@ -41,6 +41,16 @@ class EvenRun:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class RowGroups:
+    """Which segments the reference multiplies together: `few` are those of few rows, or None; `many` the
+    `(slot, rows)` of the others, and `even` how those lie, if that is one run of equal lengths."""
+
+    few: FewRows | None
+    many: tuple[tuple[int, slice | Tensor], ...]
+    even: EvenRun | None
+
+
 class LoraBatch:
     """The adapter rows of one flat batch [T, ...]; immutable.
 
@@ -50,8 +60,6 @@ class LoraBatch:
         index. token_idx: int64 [P] on the device, the rows sorted by slot, in the order of the runs within a
         slot. num_rows: P, the number of rows that use an adapter.
         max_row: the highest row used, for bounds checks.
-        few: the segments of few rows, or None.
-        many: `(slot, rows)` of the others. even: how those lie, if that is one run of equal lengths.
 
     Built over a `LoraBuffer`, `token_idx` and the tables are the buffer's: longer than needed, with zeros and
     empty tiles at the end, and overwritten by the next batch that is built over it.
@@ -59,11 +67,10 @@ class LoraBatch:
 
     __slots__ = (
         "_grad_pointers",
+        "_groups",
         "_max_rank",
+        "_runs_by_slot",
         "_tables",
-        "even",
-        "few",
-        "many",
         "max_row",
         "num_rows",
         "rows",
@@ -110,15 +117,22 @@ class LoraBatch:
         )
         self._grad_pointers: tuple[tuple[int, ...], Tensor] | None = None
         self._max_rank: tuple[LoraTable, int, int] | None = None
-        self.few = self._few_rows(runs_by_slot)
-        self.many = tuple(
-            (slot, rows)
-            for (slot, start, end), rows in zip(self.segments, self.rows, strict=True)
-            if end - start > MAX_FEW_ROWS
-        )
-        self.even = _even_run([rows for _, rows in self.many])
+        self._runs_by_slot = runs_by_slot
+        self._groups: RowGroups | None = None
 
-    def _few_rows(self, runs_by_slot: Mapping[int, list[tuple[int, int]]]) -> FewRows | None:
+    @property
+    def groups(self) -> RowGroups:
+        """Made on first use: the kernels do without."""
+        if self._groups is None:
+            many = tuple(
+                (slot, rows)
+                for (slot, start, end), rows in zip(self.segments, self.rows, strict=True)
+                if end - start > MAX_FEW_ROWS
+            )
+            self._groups = RowGroups(self._few_rows(), many, _even_run([rows for _, rows in many]))
+        return self._groups
+
+    def _few_rows(self) -> FewRows | None:
         few = [
             (slot, end - start, rows)
             for (slot, start, end), rows in zip(self.segments, self.rows, strict=True)
@@ -126,7 +140,7 @@ class LoraBatch:
         ]
         if not few:
             return None
-        index = [row for slot, _, _ in few for run in runs_by_slot[slot] for row in range(*run)]
+        index = [row for slot, _, _ in few for run in self._runs_by_slot[slot] for row in range(*run)]
         is_run = index == list(range(index[0], index[0] + len(index)))
         return FewRows(
             slots=tuple(slot for slot, _, _ in few),

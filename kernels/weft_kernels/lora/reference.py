@@ -55,16 +55,16 @@ def _add_together(
     batch: LoraBatch,
 ) -> Iterable[tuple[int, slice | Tensor]]:
     """Add the updates of segments that are multiplied together; the segments that remain."""
-    few, many = batch.few, batch.many
+    few, many, even = batch.groups.few, batch.groups.many, batch.groups.even
     if few is not None and _may_stack(x, y, table):
         stack = table.stacks.find(batch, few, table, layer, modules)
         if stack is not None:
             _add_stacked(x, y, table.stacks, stack, few, columns)
             few = None
-    if batch.even is not None:
+    if even is not None:
         groups = [table.group(slot, layer, modules) for slot, _ in many]
         if _are_alike(groups, x):
-            _add_even(x, y, [group for group in groups if group is not None], batch.even, columns)
+            _add_even(x, y, [group for group in groups if group is not None], even, columns)
             many = ()
     return many if few is None else (*few.segments, *many)
 

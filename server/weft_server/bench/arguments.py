@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 from weft_server.bench.coserve.arguments import add_coserve_arguments
 from weft_server.bench.serve.arguments import add_serve_arguments
 from weft_server.bench.surroundings import checkout
+from weft_server.errors import ConfigError
+from weft_server.number_flags import count, from_zero
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
 
@@ -41,11 +44,30 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _runner(part: Part) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
+        _make_folder(arguments.out)
         module: Any = importlib.import_module(part.module)
         code: int = module.run(arguments)
         return code
 
     return run
+
+
+def _make_folder(out: Path | None) -> None:
+    """Now rather than when minutes of measuring are done.
+
+    Raises:
+        ConfigError: it cannot be made, or not be written to.
+    """
+    if out is None:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: {error.strerror}; give a folder that can be written, or --no-out"
+        ) from error
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +100,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="of computation, for Weft and its peers (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of weights and prompts (default: 0)"
+        "--seed", type=count, default=0, metavar="N", help="of weights and prompts (default: 0)"
     )
 
 
@@ -86,7 +108,7 @@ def add_budget_argument(parser: argparse.ArgumentParser) -> None:
     """`--budget-s`, of parts that compare rivals in rounds."""
     parser.add_argument(
         "--budget-s",
-        type=float,
+        type=from_zero,
         default=20.0,
         metavar="S",
         help="seconds of measuring for each pair of rivals (default: %(default)s)",

@@ -18,9 +18,9 @@ from torch import Tensor
 from weft_scheduler.policies import Policy
 from weft_server.adapters.packed import PackedAdapter
 from weft_server.adapters.peft import write_peft
+from weft_server.bench.in_process import in_process_config
 from weft_server.bench.report import BenchError
 from weft_server.engine.build import assemble_engine
-from weft_server.engine.config import EngineConfig
 from weft_server.engine.jobs import BlobIO
 from weft_server.model.weights import DecoderWeights
 from weft_server.protocol import (
@@ -80,21 +80,11 @@ class BenchEngine:
         policy: Policy | None = None,
     ) -> None:
         self._blobs: dict[str, bytes] = {}
-        config = EngineConfig(
-            model_dir="",
-            model_name="bench",
-            epoch=1,
-            receive_address="",
-            send_address="",
-            flight_record="",
-            store_url="",
-            data_dir="",
+        config = in_process_config(
             max_model_len=min(cache_tokens, weights.config.max_position_embeddings),
             max_num_seqs=max_num_seqs,
             kv_cache_tokens=cache_tokens,
             adapter_arena_mb=max(1, -(-arena_bytes // _MB)),
-            # Every round asks the same again: what is measured is computing it.
-            prefix_cache=False,
         )
         blobs = BlobIO(self._blobs.__getitem__, self._put)
         built = assemble_engine(config, weights, blobs, base_fingerprint="bench", policy=policy)

@@ -6,23 +6,21 @@ Imports nothing that draws or computes, so that `weft --help` stays quick.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from math import inf
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from weft_scheduler.simulator.gpus import GPUS
 from weft_scheduler.simulator.jobs import JobSpec
 from weft_scheduler.simulator.report import Slo
 from weft_scheduler.simulator.shapes import SHAPES, WEIGHT_BYTES
 from weft_server.errors import ConfigError
+from weft_server.number_flags import count, from_zero, positive, whole_from
 
 POLICY_NAMES = ("weft", "static-cap", "alternating", "no-coserving")
 _JOB_KEYS = ("batch", "tokens", "max_tokens", "steps", "rank", "tenants")
 _SLO_KEYS = ("tpot", "ttft", "percentile")
 MAX_REPLICAS = 256
 MIN_CONTEXT = 16
-_Number = TypeVar("_Number", int, float)
 
 
 def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +46,9 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--quantization", default="nf4", choices=tuple(WEIGHT_BYTES), help="weights (default: %(default)s)"
     )
-    what.add_argument("--max-model-len", type=_context, metavar="N", help="context (default: the model's)")
+    what.add_argument(
+        "--max-model-len", type=whole_from(MIN_CONTEXT), metavar="N", help="context (default: the model's)"
+    )
     what.add_argument(
         "--jobs",
         default="1",
@@ -64,17 +64,17 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         help="tpot=50,ttft=2000,percentile=95: milliseconds (default: that, or what FILE was run with)",
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--rate", type=_positive, metavar="R", help="requests a second (default: the trace's)")
-    load.add_argument("--rate-scale", type=_positive, default=1.0, metavar="F", help="times as many a second")
-    load.add_argument("--length-scale", type=_positive, default=1.0, metavar="F", help="times as long")
-    load.add_argument("--start", type=_from_zero, default=0.0, metavar="S", help="begin at this second")
-    load.add_argument("--duration", type=_positive, metavar="S", help="only so many seconds of arrivals")
-    load.add_argument("--tenants", type=_whole, metavar="N", help="spread requests over N tenants")
+    load.add_argument("--rate", type=positive, metavar="R", help="requests a second (default: the trace's)")
+    load.add_argument("--rate-scale", type=positive, default=1.0, metavar="F", help="times as many a second")
+    load.add_argument("--length-scale", type=positive, default=1.0, metavar="F", help="times as long")
+    load.add_argument("--start", type=from_zero, default=0.0, metavar="S", help="begin at this second")
+    load.add_argument("--duration", type=positive, metavar="S", help="only so many seconds of arrivals")
+    load.add_argument("--tenants", type=whole_from(1), metavar="N", help="spread requests over N tenants")
     load.add_argument("--weights", default="", metavar="T=W,…", help="weights of tenants (default: 1)")
-    load.add_argument("--adapters", type=_count, default=0, metavar="N", help="adapters, by a power law")
+    load.add_argument("--adapters", type=count, default=0, metavar="N", help="adapters, by a power law")
     load.add_argument("--adapter-ranks", default="16", metavar="R,…", help="their ranks, in turn")
-    load.add_argument("--seed", type=_count, default=0, metavar="N", help="of all draws (default: 0)")
-    load.add_argument("--noise", type=_from_zero, metavar="X", help="spread of the device's times")
+    load.add_argument("--seed", type=count, default=0, metavar="N", help="of all draws (default: 0)")
+    load.add_argument("--noise", type=from_zero, metavar="X", help="spread of the device's times")
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write the report here too")
     output.add_argument("--png", type=Path, metavar="DIR", help="draw timeline and curves (needs matplotlib)")
@@ -85,42 +85,10 @@ def add_simulate_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan-gpus",
         nargs="?",
         const=16,
-        type=_whole,
+        type=whole_from(1),
         metavar="MAX",
         help="find how many such GPUs the trace needs, trying up to MAX (default: 16)",
     )
-
-
-def _positive(text: str) -> float:
-    return _checked(text, float, lambda value: 0.0 < value < inf, "a number above 0")
-
-
-def _from_zero(text: str) -> float:
-    return _checked(text, float, lambda value: 0.0 <= value < inf, "a number from 0")
-
-
-def _whole(text: str) -> int:
-    return _checked(text, int, lambda value: value >= 1, "a whole number from 1")
-
-
-def _context(text: str) -> int:
-    return _checked(text, int, lambda value: value >= MIN_CONTEXT, f"a whole number from {MIN_CONTEXT}")
-
-
-def _count(text: str) -> int:
-    return _checked(text, int, lambda value: value >= 0, "a whole number from 0")
-
-
-def _checked(
-    text: str, kind: Callable[[str], _Number], is_allowed: Callable[[_Number], bool], wanted: str
-) -> _Number:
-    try:
-        value = kind(text)
-        if is_allowed(value):
-            return value
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not allowed; give {wanted}")
 
 
 def read_jobs(text: str) -> tuple[JobSpec, ...]:

@@ -59,3 +59,31 @@ def test_an_unknown_model_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -
 def test_an_operator_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "kernels", "--model", "tiny", "--only", "conv", "--no-out"]) == 1
     assert "--only 'conv' is in the name of no operator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["decode", "--budget-s", "-1"], ("'-1'", "a number from 0")),
+        (["coserve", "--seconds", "0"], ("'0'", "above 0")),
+        (["coserve", "--adapters", "none"], ("'none'", "from 1")),
+        (["serve", "--tenants", "0"], ("'0'", "from 1")),
+        (["serve", "--trace", "nosuch.csv", "--no-out"], ("--trace", "nosuch.csv", "no such file")),
+        (["decode", "--out", "/proc/nowhere"], ("--out /proc/nowhere", "--no-out")),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(
+    arguments: list[str], words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: object = cli.main(["bench", *arguments])
+    except SystemExit as ended:
+        code = ended.code
+    message = capsys.readouterr().err
+    assert code == 2
+    assert all(word in message for word in words), message
+
+
+def test_a_server_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "serve", "--url", "http://127.0.0.1:1", "--no-out"]) == 1
+    assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from weft_server.number_flags import positive, whole_from
+
 
 def add_coserve_arguments(parser: argparse.ArgumentParser) -> None:
     """Those beside the model's and the output's."""
@@ -15,7 +17,7 @@ def add_coserve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--length-scale",
-        type=float,
+        type=positive,
         metavar="F",
         help="prompts and answers so many times as long (default: 0.125 on a CPU, 1 on a GPU)",
     )
@@ -33,12 +35,14 @@ def add_coserve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ttft-slo-ms",
-        type=float,
+        type=positive,
         default=5000.0,
         metavar="MS",
         help="target to the first token (default: %(default)g)",
     )
-    parser.add_argument("--adapters", type=int, default=4, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="of a window (default: 18 on a CPU)")
+    parser.add_argument(
+        "--adapters", type=whole_from(1), default=4, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=positive, metavar="S", help="of a window (default: 18 on a CPU)")
     parser.add_argument("--quick", action="store_true", help="one load and short windows: about four minutes")
     parser.add_argument("--no-peers", action="store_true", help="without transformers + PEFT")

@@ -24,6 +24,7 @@ from weft_server.bench.coserve.replay import Replay
 from weft_server.bench.coserve.setup import Setup, make_adapters, make_dataset
 from weft_server.bench.coserve.window import Outcome, TrainMeter, Window
 from weft_server.bench.coserve.workload import BenchRequest, make_requests
+from weft_server.bench.in_process import in_process_config
 from weft_server.engine.build import assemble_engine
 from weft_server.engine.config import EngineConfig
 from weft_server.engine.jobs import BlobIO
@@ -250,15 +251,7 @@ _POLICIES: dict[str, type[Policy]] = {
 
 
 def _config(setup: Setup, weights: DecoderWeights) -> EngineConfig:
-    return EngineConfig(
-        model_dir="",
-        model_name="bench",
-        epoch=1,
-        receive_address="",
-        send_address="",
-        flight_record="",
-        store_url="",
-        data_dir="",
+    return in_process_config(
         device=setup.device,
         dtype=str(weights.dtype).removeprefix("torch."),
         quantization=setup.quantization,
@@ -266,7 +259,6 @@ def _config(setup: Setup, weights: DecoderWeights) -> EngineConfig:
         max_num_seqs=setup.max_batch,
         tpot_slo_ms=1000.0,
         ttft_slo_ms=5000.0,
-        prefix_cache=False,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from weft_server.number_flags import count, from_zero, positive, whole_from
+
 
 def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags but those of the output."""
@@ -34,60 +36,51 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load = parser.add_argument_group("load")
     load.add_argument(
-        "--rate", type=_positive, metavar="R", help="requests a second (default: the trace's, else 1)"
+        "--rate", type=positive, metavar="R", help="requests a second (default: the trace's, else 1)"
     )
-    load.add_argument("--duration", type=_positive, default=60.0, metavar="S", help="(default: %(default)g)")
     load.add_argument(
-        "--start", type=_from_zero, default=0.0, metavar="S", help="begin at this second of the trace"
+        "--duration",
+        type=positive,
+        default=60.0,
+        metavar="S",
+        help="or to the end of the trace (default: %(default)g)",
     )
-    load.add_argument("--length-scale", type=_positive, default=1.0, metavar="F", help="times as long")
     load.add_argument(
-        "--tenants", type=_count, default=1, metavar="N", help="of the started server (default: %(default)s)"
+        "--start", type=from_zero, default=0.0, metavar="S", help="begin at this second of the trace"
+    )
+    load.add_argument("--length-scale", type=positive, default=1.0, metavar="F", help="times as long")
+    load.add_argument(
+        "--tenants",
+        type=whole_from(1),
+        default=1,
+        metavar="N",
+        help="of the started server (default: %(default)s)",
     )
     load.add_argument(
         "--adapters",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="adapters asked for by a power law: random ones are uploaded to the started server, those of "
         "--url are its own (default: 0, the base model)",
     )
-    load.add_argument("--adapter-rank", type=_count, default=16, metavar="R", help="(default: %(default)s)")
+    load.add_argument(
+        "--adapter-rank", type=whole_from(1), default=16, metavar="R", help="(default: %(default)s)"
+    )
     load.add_argument(
         "--jobs",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help="finetune jobs; then requests alone, jobs alone and both are measured",
     )
-    load.add_argument("--seed", type=_count, default=0, metavar="N", help="of all draws (default: 0)")
-    load.add_argument("--warm-up", type=_from_zero, default=5.0, metavar="S", help="(default: %(default)g)")
-    load.add_argument("--timeout", type=_positive, default=300.0, metavar="S", help="of a request")
+    load.add_argument("--seed", type=count, default=0, metavar="N", help="of all draws (default: 0)")
+    load.add_argument("--warm-up", type=from_zero, default=5.0, metavar="S", help="(default: %(default)g)")
+    load.add_argument("--timeout", type=positive, default=300.0, metavar="S", help="of a request")
     slo = parser.add_argument_group("objective")
     slo.add_argument(
-        "--tpot-slo-ms", type=_positive, default=50.0, metavar="MS", help="(default: %(default)g)"
+        "--tpot-slo-ms", type=positive, default=50.0, metavar="MS", help="(default: %(default)g)"
     )
     slo.add_argument(
-        "--ttft-slo-ms", type=_positive, default=2000.0, metavar="MS", help="(default: %(default)g)"
+        "--ttft-slo-ms", type=positive, default=2000.0, metavar="MS", help="(default: %(default)g)"
     )
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number above 0")
-    return value
-
-
-def _from_zero(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a number from 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a whole number from 0")
-    return value

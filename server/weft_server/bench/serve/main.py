@@ -24,6 +24,7 @@ from weft_server.bench.shapes import Shape
 from weft_server.errors import ConfigError
 
 _MAX_WARM_UP_REQUESTS = 64
+_LEAST_WINDOW_S = 1.0
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,9 +39,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.url is not None and arguments.server_flags:
         raise ConfigError("flags after `--` are for the started server; --url names one that runs already")
     model = "a running server" if arguments.url is not None else Path(arguments.model).name
+    trace = _read(arguments)
     report = Report(arguments.name or f"serve-{_short_name(arguments)}", f"Load over HTTP: {model}")
     with target(arguments) as (url, keys, random_shape):
-        phases = _Load(arguments, url, keys, random_shape).phases()
+        phases = _Load(arguments, trace, url, keys, random_shape).phases()
     fill(report, arguments, phases)
     if arguments.out is not None:
         draw(phases, arguments.out / f"{report.name}.png")
@@ -56,7 +58,7 @@ class _Load:
     """The phases on one server."""
 
     def __init__(
-        self, arguments: argparse.Namespace, url: str, keys: Keys, random_shape: Shape | None
+        self, arguments: argparse.Namespace, trace: Trace, url: str, keys: Keys, random_shape: Shape | None
     ) -> None:
         self._arguments = arguments
         self._url = url
@@ -66,7 +68,8 @@ class _Load:
         self._admin = Account(url, keys.admin)
         self._base = self._accounts[0].ready()
         self._models = [account.adapters(self._base["model"]) for account in self._accounts]
-        self._requests = self._make(self._trace(), arguments.seed)
+        self._requests = self._make(self._shaped(trace), arguments.seed)
+        self._seconds = _window_s(arguments, trace)
 
     def phases(self) -> list[Phase]:
         """Requests alone; with jobs, these alone and both after it."""
@@ -85,7 +88,7 @@ class _Load:
     def _phase(self, name: str, *, sends: bool) -> Phase:
         requests = self._requests if sends else ()
         before, began_s = self._admin.trained_tokens(), time.perf_counter()
-        run = self._send(requests, self._arguments.duration)
+        run = self._send(requests, self._seconds)
         after, seconds = self._admin.trained_tokens(), time.perf_counter() - began_s
         trained = None if before is None or after is None else (after - before) / seconds
         trained = None if name == "requests alone" else trained
@@ -108,12 +111,8 @@ class _Load:
             warm = [one for one in self._requests if one.arrival_s < seconds] or self._requests[:1]
             self._send(warm[:_MAX_WARM_UP_REQUESTS], 0.0)
 
-    def _trace(self) -> Trace:
+    def _shaped(self, trace: Trace) -> Trace:
         arguments = self._arguments
-        try:
-            trace = _read(arguments)
-        except TraceError as error:
-            raise ConfigError(str(error)) from error
         return shape_trace(
             trace,
             length_scale=arguments.length_scale,
@@ -134,13 +133,27 @@ class _Load:
 
 
 def _read(arguments: argparse.Namespace) -> Trace:
-    """The arrivals of the window."""
+    """The arrivals of the window.
+
+    Raises:
+        ConfigError: there is no such trace, or it has none.
+    """
     if arguments.trace is None:
         return draw_trace(arguments.rate or 1.0, arguments.duration, arguments.seed)
-    return read_trace(
-        arguments.trace,
-        seed=arguments.seed,
-        start_s=arguments.start,
-        duration_s=arguments.duration,
-        requests_per_s=arguments.rate,
-    )
+    try:
+        return read_trace(
+            arguments.trace,
+            seed=arguments.seed,
+            start_s=arguments.start,
+            duration_s=arguments.duration,
+            requests_per_s=arguments.rate,
+        )
+    except TraceError as error:
+        raise ConfigError(f"--trace: {error}") from error
+
+
+def _window_s(arguments: argparse.Namespace, trace: Trace) -> float:
+    """Seconds of a phase: those asked for, or up to the last arrival of a trace that ends before."""
+    if arguments.trace is None:
+        return float(arguments.duration)
+    return min(float(arguments.duration), max(trace[-1].arrival_s, _LEAST_WINDOW_S))

@@ -62,9 +62,15 @@ class Account:
         """The base model's name, its context, device, dtype and quantization.
 
         Raises:
-            BenchError: the server cannot serve.
+            BenchError: nothing answers there, or the server cannot serve.
         """
-        return self._json(self._get("/ready"))
+        try:
+            answer = self._get("/ready")
+        except httpx.TransportError as error:
+            raise BenchError(
+                f"no server answers at {self._http.base_url} ({error}); start one, or give its --url"
+            ) from error
+        return self._json(answer)
 
     def adapters(self, base_model: str) -> list[str]:
         """Names that this tenant may ask for, the base's excepted."""
