@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weft_kernels import attention
-from weft_kernels.attention import AttentionBatch, DecodeRow, KeyTarget, make_chunk, reference
+from weft_kernels.attention import AttentionBatch, DecodeRow, KeyTarget, fused, make_chunk, reference
 from weft_kernels.attention.tiles import MAX_SCORES, group_by_length, tile_groups
 
 CPU = torch.device("cpu")
@@ -43,7 +43,9 @@ class Implementation:
     device: torch.device = CPU
 
 
+FUSED = Implementation(fused, torch.float32, 5e-6)
 IMPLEMENTATIONS = {
+    "kernels-fp32": FUSED,
     "reference-fp64": Implementation(reference, torch.float64, 1e-12),
     "reference-fp32": Implementation(reference, torch.float32, 5e-6),
     "reference-bf16": Implementation(reference, torch.bfloat16, 2e-2),

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from weft_kernels.attention import reference
 from weft_kernels.attention.batch import AttentionBatch, AttentionChunk, DecodeRow, make_chunk
+from weft_kernels.attention.tables import SMALL_TILE
 from weft_kernels.attention.training import KeyTarget, SavedAttention
 
 __all__ = [
@@ -55,6 +57,10 @@ def paged_attention(
         ValueError: shapes or dtypes that do not fit.
     """
     _check(q, k_cache, v_cache, batch)
+    if _use_kernels(q, k_cache):
+        from weft_kernels.attention import fused
+
+        return fused.paged_attention(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window)
     return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window)
 
 
@@ -82,6 +88,12 @@ def windowed_attention(
     _check(q, k_cache, v_cache, batch)
     if batch.decode:
         raise ValueError(f"{len(batch.decode)} decode rows in a batch that is to be differentiated")
+    if _use_kernels(q, k_cache):
+        from weft_kernels.attention import fused
+
+        return fused.windowed_attention(
+            q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window
+        )
     return reference.windowed_attention(
         q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window
     )
@@ -103,7 +115,16 @@ def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[K
         ValueError: shapes or dtypes that do not fit.
     """
     _check_backward(d_out, saved, targets)
+    if _use_kernels(saved.q, saved.k_cache):
+        from weft_kernels.attention import fused
+
+        return fused.attention_backward(d_out, saved, targets)
     return reference.attention_backward(d_out, saved, targets)
+
+
+def _use_kernels(q: Tensor, k_cache: Tensor) -> bool:
+    group = q.shape[1] // k_cache.shape[2]
+    return q.is_cuda and q.dtype != torch.float64 and group <= SMALL_TILE
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

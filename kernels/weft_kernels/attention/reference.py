@@ -169,7 +169,7 @@ class _Grouped:
 def _weights(
     grouped: _Grouped, q: Tensor, k: Tensor, scale: float, shift: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax of a group's scores, and for bf16 inputs the row maxima that were subtracted on the way (`shift`,
+    """Softmax of a group's scores, and for bf16 inputs the row maxima subtracted on the way (`shift`,
     if given: to find them takes the scores once more)."""
     keys = k.transpose(1, 2)
     if shift is None and q.dtype not in (torch.float32, torch.float64):
