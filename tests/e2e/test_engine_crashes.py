@@ -27,7 +27,7 @@ if "weft_server.engine" in sys.orig_argv:
 
     submit = Runner.submit
 
-    def submit_unless_poisonous(self, plan, jobs):
+    def submit_unless_poisonous(self, plan, jobs, *rest):
         for segment in plan.forward:
             sequence = self.sequence(segment.sequence_id)
             if sequence is not None and sequence.params.seed == {POISON} and len(sequence.output) >= 20:
@@ -35,7 +35,7 @@ if "weft_server.engine" in sys.orig_argv:
             job = jobs.get(segment.sequence_id.split("/")[0])
             if job is not None and job.spec.seed == {POISON} and job.num_steps_done >= 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return submit(self, plan, jobs)
+        return submit(self, plan, jobs, *rest)
 
     Runner.submit = submit_unless_poisonous
 """

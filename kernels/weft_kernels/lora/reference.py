@@ -111,8 +111,8 @@ def _add_even(
 ) -> None:
     """Segments of equal length as one batch: `[adapters, rows, ...]`."""
     end = run.first + len(groups) * run.length
-    x_rows = x[run.first : end].unflatten(0, (len(groups), run.length))  # type: ignore[no-untyped-call]
-    y_rows = y[run.first : end].unflatten(0, (len(groups), run.length))  # type: ignore[no-untyped-call]
+    x_rows = x[run.first : end].view(len(groups), run.length, -1)
+    y_rows = y[run.first : end].view(len(groups), run.length, -1)
     stacked_a = _side_by_side([group.stacked_a for group in groups if group.stacked_a is not None])
     v = torch.bmm(x_rows, stacked_a.mT)
     for i, (member, entry, first, last) in enumerate(groups[0].members):

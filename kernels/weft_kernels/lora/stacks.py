@@ -158,11 +158,22 @@ def _stack(groups: Sequence[LoraGroup | None]) -> GroupStack | None:
     blocks, column = [], 0
     for run in _runs(modules):
         first, num_ranks = run[0][0], sum(len(b) for _, b in run)
-        b = lay_out(torch.block_diag(*(b for _, b in run)).mT)  # type: ignore[no-untyped-call]
+        b = lay_out(_block_diagonal([b for _, b in run]).mT)
         assert b is not None  # as it was for A
         blocks.append(BlockStack(first, first + len(run), column, column + num_ranks, b))
         column += num_ranks
     return GroupStack(a, tuple(blocks), tuple((idx, entry.rank, entry.scale) for _, idx, entry in found))
+
+
+def _block_diagonal(matrices: Sequence[Tensor]) -> Tensor:
+    if len(matrices) == 1:
+        return matrices[0]
+    out = matrices[0].new_zeros(sum(len(m) for m in matrices), sum(m.shape[1] for m in matrices))
+    row = column = 0
+    for matrix in matrices:
+        out[row : row + len(matrix), column : column + matrix.shape[1]] = matrix
+        row, column = row + len(matrix), column + matrix.shape[1]
+    return out
 
 
 def _runs(modules: Sequence[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:

@@ -1,5 +1,5 @@
-"""`python -m weft_server.engine`: sets how OpenMP's threads wait, which must precede the first import of
-torch."""
+"""`python -m weft_server.engine`: sets how OpenMP's threads wait and how torch allocates, which must
+precede the first import of torch."""
 
 import os
 import sys
@@ -8,6 +8,8 @@ import traceback
 # The API process always runs beside the engine. Threads that spin while they wait then stall one another
 # (`docs/decisions.md`, "OpenMP threads").
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Weights in huge pages, where the kernel grants them to whoever asks (`docs/decisions.md`, "CPU").
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from weft_server.engine.process import main
 

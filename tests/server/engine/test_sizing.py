@@ -38,6 +38,14 @@ def test_sizes_left_open_fit_the_free_memory(weights):
     assert sum(_bytes(weights, _config())) <= FREE
 
 
+def test_what_the_first_backward_pass_will_take_is_left_free(weights):
+    with mock.patch.object(type(weights), "deferred_bytes", FREE // 2):
+        cache, arena = _bytes(weights, _config())
+        assert cache + arena <= FREE // 2
+        with pytest.raises(ConfigError, match="adapter-arena-mb"):
+            sizing.choose_sizes(_config(adapter_arena_mb=FREE // 2 // MB + 1), weights)
+
+
 @pytest.mark.parametrize(
     ("given", "flag"),
     [

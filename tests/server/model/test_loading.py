@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from weft_kernels.prepacked import can_prepack
 from weft_server.model.config import MODULES, ModelConfig, ModelError
 from weft_server.model.fingerprint import base_fingerprint
 from weft_server.model.loading import Quantization, load_weights
@@ -526,3 +527,25 @@ def test_random_weights_have_the_shapes_of_loaded_ones_and_follow_the_seed(
     ]
     assert base_fingerprint(first) == base_fingerprint(draw(1)) != base_fingerprint(draw(2))
     assert torch.equal(first.layers[1].down.weight_dense(), draw(1).layers[1].down.weight_dense())
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_on_a_cpu_weights_in_bf16_are_laid_out_unless_memory_is_low(
+    quantization: Quantization, saved: Callable[..., tuple[Path, Any]]
+) -> None:
+    if not can_prepack(torch.device("cpu"), torch.bfloat16):
+        pytest.skip("this machine's library lays no weights out")
+    path, _ = saved("llama")
+    config = ModelConfig.from_directory(path)
+    given: dict[str, Any] = {"device": CPU, "dtype": torch.bfloat16, "quantization": quantization}
+    fast, low = (load_weights(path, config, **given, low_memory=is_low) for is_low in (False, True))
+    assert repr(random_weights(config, seed=1, **given).layers[0].qkv) == repr(fast.layers[0].qkv)
+    assert all("prepacked" in repr(linear) for linear in fast.linears)
+    assert not any("prepacked" in repr(linear) for linear in low.linears)
+    assert fast.deferred_bytes == sum(linear.weight_dense().nbytes for linear in [*fast.linears][:-1])
+    assert low.deferred_bytes == 0
+    assert low.num_bytes < fast.num_bytes
+    fast.forgo_grad_layouts()
+    assert fast.deferred_bytes == 0
+    for one, other in zip(fast.linears, low.linears, strict=True):
+        assert torch.equal(one.weight_dense(), other.weight_dense())
