@@ -11,13 +11,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from weft_kernels import attention
 from weft_kernels.attention import AttentionBatch, DecodeRow, KeyTarget, fused, make_chunk, reference
-from weft_kernels.attention.tiles import MAX_SCORES, group_by_length, tile_groups
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -43,18 +40,33 @@ class Implementation:
     device: torch.device = CPU
 
 
-FUSED = Implementation(fused, torch.float32, 5e-6)
 IMPLEMENTATIONS = {
-    "kernels-fp32": FUSED,
     "reference-fp64": Implementation(reference, torch.float64, 1e-12),
     "reference-fp32": Implementation(reference, torch.float32, 5e-6),
     "reference-bf16": Implementation(reference, torch.bfloat16, 2e-2),
 }
+KERNELS = {
+    "kernels-fp32": (torch.float32, 1e-5),
+    "kernels-bf16": (torch.bfloat16, 2e-2),
+    "kernels-fp16": (torch.float16, 3e-3),
+}
+KERNEL_PARAMETERS = [
+    "kernels-fp32",
+    pytest.param("kernels-bf16", marks=pytest.mark.gpu),
+    pytest.param("kernels-fp16", marks=pytest.mark.gpu),
+]
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(name: str, device: torch.device) -> Implementation:
+    dtype, atol = KERNELS[name]
+    return Implementation(fused, dtype, atol, device)
+
+
+@pytest.fixture(params=[*IMPLEMENTATIONS, *KERNEL_PARAMETERS])
 def implementation(request: pytest.FixtureRequest) -> Implementation:
-    return IMPLEMENTATIONS[request.param]
+    if request.param in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[request.param]
+    return kernels(request.param, request.getfixturevalue("device"))
 
 
 @dataclass(frozen=True)
@@ -258,6 +270,36 @@ def test_a_batch_without_rows_is_nothing(implementation: Implementation) -> None
     assert implementation.ops.attention_backward(out, saved, []).shape == q.shape
 
 
+# ---------------------------------------------------------------- the kernels
+
+
+@pytest.mark.parametrize("window", [None, 300, 600])
+@pytest.mark.parametrize("name", KERNEL_PARAMETERS)
+def test_keys_of_decode_rows_are_split_over_programs(
+    name: str, window: int | None, device: torch.device
+) -> None:
+    """Lengths of less than one split, of exactly two, and of some and a key."""
+    implementation = kernels(name, device)
+    lengths = (5, 512, 1025, 700)
+    assert fused.num_splits(4, 2, 2048, 132) == 8
+    paged = Paged(Heads(), [Span(1, 0, length) for length in lengths], implementation.dtype, device)
+    out = fused.paged_attention(
+        paged.q, paged.k_cache, paged.v_cache, paged.decode(), scale=SCALE, sliding_window=window
+    )
+    assert_near(out, paged.defined(window)[0], implementation)
+
+
+@pytest.mark.parametrize("name", KERNEL_PARAMETERS)
+def test_queries_may_be_columns_of_a_wider_matrix(name: str, device: torch.device) -> None:
+    implementation = kernels(name, device)
+    paged = Paged(Heads(), [Span(1, 0, 9), *CHUNKS], implementation.dtype, device)
+    wide = torch.cat((paged.q, torch.full_like(paged.q, torch.nan)), dim=1)
+    out = fused.paged_attention(
+        wide[:, : paged.heads.num_heads], paged.k_cache, paged.v_cache, paged.chunks(1), scale=SCALE
+    )
+    assert_near(out, paged.defined(None)[0], implementation)
+
+
 # ---------------------------------------------------------------- the reference
 
 
@@ -305,45 +347,6 @@ def test_the_reference_is_differentiable_by_autograd() -> None:
     out = reference.paged_attention(paged.q, paged.k_cache, paged.v_cache, paged.chunks(), scale=SCALE)
     (d_q,) = torch.autograd.grad(out, paged.q, paged.d_out)
     torch.testing.assert_close(d_q, paged.defined(None)[1], atol=1e-12, rtol=1e-12)
-
-
-def test_one_long_sequence_does_not_make_short_ones_read_its_length() -> None:
-    lengths = [64] * 31 + [4096]
-    rows = [DecodeRow(range(4096 // 16), length) for length in lengths]
-    groups = tile_groups(AttentionBatch(rows, ()), 16, 4, None, CPU)
-    assert sum(group.num_tiles * group.num_keys for group in groups) == sum(lengths)
-    assert len(groups) == 2
-
-
-def test_short_sequences_of_unequal_length_are_one_call() -> None:
-    assert len(group_by_length([60, 25, 64, 40, 33, 50], max_keys=1 << 16)) == 1
-
-
-@given(
-    lengths=st.lists(st.integers(1, 5000), max_size=64),
-    max_keys=st.sampled_from([1, 3000, 20_000, 1 << 30]),
-)
-def test_groups_hold_every_row_once_and_pad_at_most_twofold(lengths: list[int], max_keys: int) -> None:
-    groups = group_by_length(lengths, max_keys=max_keys)
-    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
-    for group in groups:
-        padded = len(group) * max(lengths[row] for row in group)
-        assert padded <= 2 * sum(lengths[row] for row in group) + 128
-        assert len(group) == 1 or padded <= max_keys
-    if max_keys == 1 << 30:
-        assert len(groups) <= 13
-
-
-@pytest.mark.parametrize("window", [None, 1000])
-def test_chunks_are_cut_into_groups_that_fit_the_caches(window: int | None) -> None:
-    table = torch.arange(4096 // 16)
-    chunks = [make_chunk(600 * i, 600, 0, 3000, table, 16) for i in range(3)]
-    groups = tile_groups(AttentionBatch((), chunks), 16, 32, window, CPU)
-    for group in groups:
-        assert group.num_tiles == 1 or group.num_tiles * group.num_rows * group.num_keys * 32 <= MAX_SCORES
-        assert group.num_keys <= 1300 or window is None
-    rows = torch.cat([torch.arange(1800)[g.rows] if g.real is None else g.rows[g.real] for g in groups])
-    assert sorted(rows.tolist()) == list(range(1800))
 
 
 # ---------------------------------------------------------------- arguments

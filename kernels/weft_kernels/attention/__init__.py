@@ -4,7 +4,7 @@
 
 The cache of one layer is `[num_blocks, block_size, Hkv, D]` for keys and the same for values; query heads are
 grouped (`H` a multiple of `Hkv`). Softmax is accumulated in fp32 (fp64 for fp64 inputs). Here arguments are
-checked; CUDA tensors go to the Triton kernels, all others, and fp64, to the reference.
+checked; CUDA tensors go to the Triton kernels; all others, fp64, and heads wider than 128, to the reference.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from weft_kernels.attention import reference
 from weft_kernels.attention.batch import AttentionBatch, AttentionChunk, DecodeRow, make_chunk
-from weft_kernels.attention.tables import SMALL_TILE
+from weft_kernels.attention.tables import LARGE_TILE, MAX_HEAD_DIM, SMALL_TILE
 from weft_kernels.attention.training import KeyTarget, SavedAttention
 
 __all__ = [
+    "LARGE_TILE",
     "AttentionBatch",
     "AttentionChunk",
     "DecodeRow",
@@ -124,7 +125,7 @@ def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[K
 
 def _use_kernels(q: Tensor, k_cache: Tensor) -> bool:
     group = q.shape[1] // k_cache.shape[2]
-    return q.is_cuda and q.dtype != torch.float64 and group <= SMALL_TILE
+    return q.is_cuda and q.dtype != torch.float64 and group <= SMALL_TILE and q.shape[2] <= MAX_HEAD_DIM
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

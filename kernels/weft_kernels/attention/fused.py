@@ -73,14 +73,12 @@ def windowed_attention(
 
 
 def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyTarget]) -> Tensor:
-    """Cotangent of the queries; adds those of keys and values. See `weft_kernels.attention.attention_backward`.
+    """Cotangent of the queries; adds those of keys and values: `weft_kernels.attention.attention_backward`.
 
     Raises:
         ValueError: an accumulator that is not float32 or not aligned (the kernels accumulate in float32).
     """
-    call = _Call.of(
-        saved.q, saved.k_cache, saved.v_cache, saved.batch, saved.scale, saved.sliding_window
-    )
+    call = _Call.of(saved.q, saved.k_cache, saved.v_cache, saved.batch, saved.scale, saved.sliding_window)
     d_q = torch.empty(d_out.shape, dtype=d_out.dtype, device=d_out.device)
     (lse,) = saved.stats
     if call.tables.chunks is not None and lse is not None:
@@ -147,7 +145,7 @@ class _Call:
             *(self.num_kv_heads, splits, split_keys, self.scale * math.log2(math.e), self.window),
             SPLIT=splits > 1,
             **self._sizes(),
-            BLOCK_G=max(16, triton.next_power_of_2(num_heads // self.num_kv_heads)),
+            BLOCK_G=_padded(num_heads // self.num_kv_heads),
             BLOCK_N=block_n,
             num_warps=4,
             num_stages=3,
@@ -157,7 +155,7 @@ class _Call:
                 *(partial, partial_lse, out, tables.lengths, num_heads, splits, split_keys, self.window),
                 HEAD_DIM=head_dim,
                 BLOCK_S=_MAX_SPLITS,
-                BLOCK_D=_block_d(head_dim),
+                BLOCK_D=_padded(head_dim),
                 num_warps=4,
             )
 
@@ -170,7 +168,7 @@ class _Call:
             **self._sizes(),
             BLOCK_M=tables.tile_rows,
             BLOCK_N=_block_n(self.q),
-            num_warps=4 if tables.tile_rows == SMALL_TILE else 8,
+            num_warps=_num_warps(tables.tile_rows, self.q.shape[2]),
             num_stages=2,
         )
 
@@ -186,7 +184,7 @@ class _Call:
             **self._sizes(),
             BLOCK_M=tables.tile_rows,
             BLOCK_N=block_n // 2,
-            num_warps=4 if tables.tile_rows == SMALL_TILE else 8,
+            num_warps=_num_warps(tables.tile_rows, self.q.shape[2]),
             num_stages=2,
         )
         key_grad_kernel[(tables.key_tiles.shape[0], self.num_kv_heads)](
@@ -205,7 +203,7 @@ class _Call:
             "GROUP": num_heads // self.num_kv_heads,
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": self.k_cache.shape[1],
-            "BLOCK_D": _block_d(head_dim),
+            "BLOCK_D": _padded(head_dim),
         }
 
 
@@ -225,8 +223,12 @@ def _block_n(q: Tensor) -> int:
     return 64 if q.dtype.itemsize <= 2 else 32
 
 
-def _block_d(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+def _padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _num_warps(tile_rows: int, head_dim: int) -> int:
+    return 4 if tile_rows == SMALL_TILE and head_dim <= 64 else 8
 
 
 def _num_sms(device: torch.device) -> int:

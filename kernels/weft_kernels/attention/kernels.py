@@ -1,9 +1,9 @@
-"""The Triton kernels of paged attention: decode rows in splits of their keys, chunks, and the chunks' backward.
+"""The Triton kernels of paged attention: decode rows in splits of their keys, chunks, and their backward.
 
 Unchecked device code; `fused.py` launches it. The algorithms are FlashAttention-2 (Dao 2023: online softmax,
 one pass over the keys per tile of queries; a backward that recomputes the weights from the log-sum-exp) and
-Flash-Decoding (Dao et al. 2023: the keys of a decode row are split over programs, and a second kernel combines
-the parts by their log-sum-exp). The score matrix is never stored.
+Flash-Decoding (Dao et al. 2023: the keys of a decode row are split over programs, and a second kernel
+combines the parts by their log-sum-exp). The score matrix is never stored.
 
 The `GROUP` query heads that share a key head are computed by one program, so that keys and values are read
 once for all of them: a tile of queries is `[tokens · GROUP, D]`, its row `r` is token `r // GROUP` and head
@@ -87,7 +87,9 @@ def decode_kernel(
         n = tl.arange(0, BLOCK_N)
         head_mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         heads = h * GROUP + g
-        q_tile = tl.load(q + row * q_stride + heads[:, None] * HEAD_DIM + d[None, :], mask=head_mask, other=0.0)
+        q_tile = tl.load(
+            q + row * q_stride + heads[:, None] * HEAD_DIM + d[None, :], mask=head_mask, other=0.0
+        )
         acc = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
         maximum = tl.full((BLOCK_G,), float("-inf"), dtype=tl.float32)
         total = tl.zeros((BLOCK_G,), dtype=tl.float32)
@@ -209,7 +211,7 @@ def chunk_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`out = softmax(scale · q kᵀ) v` of a tile of queries; with SAVED also `lse` `[T, H]` (natural log, fp32).
+    """`out = softmax(scale · q kᵀ) v` of a tile of queries; with SAVED also `lse` `[T, H]`, natural, fp32.
 
     A program owns one tile of a chunk's tokens and one key head with its query heads.
     """
@@ -284,8 +286,8 @@ def query_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`dq = scale · dS k` with `dS = P · (dO vᵀ - δ)`, `P` from the log-sum-exp and `δ = Σ_d dO · O`, which goes
-    to `delta` `[T, H]` fp32 for the other kernel.
+    """`dq = scale · dS k` with `dS = P · (dO vᵀ - δ)`, `P` from the log-sum-exp and `δ = Σ_d dO · O`, which
+    goes to `delta` `[T, H]` fp32 for the other kernel.
 
     A program owns one tile of a chunk's tokens and one key head with its query heads, and walks its keys.
     """
@@ -418,6 +420,8 @@ def key_grad_kernel(
             d_k += tl.dot(d_scores.to(q_tile.dtype), q_tile, input_precision="ieee")
         offsets = (keys.to(tl.int64) * num_kv_heads + h)[:, None] * HEAD_DIM + d[None, :]
         d_k_rows = tl.multiple_of(tl.load(targets + chunk * 2).to(tl.pointer_type(tl.float32)), 16) + offsets
-        d_v_rows = tl.multiple_of(tl.load(targets + chunk * 2 + 1).to(tl.pointer_type(tl.float32)), 16) + offsets
+        d_v_rows = (
+            tl.multiple_of(tl.load(targets + chunk * 2 + 1).to(tl.pointer_type(tl.float32)), 16) + offsets
+        )
         tl.store(d_k_rows, tl.load(d_k_rows, mask=tile_mask, other=0.0) + d_k * scale, mask=tile_mask)
         tl.store(d_v_rows, tl.load(d_v_rows, mask=tile_mask, other=0.0) + d_v, mask=tile_mask)

@@ -1,4 +1,4 @@
-"""What the kernels read of a batch: small integer tables on the device, uploaded together, once per iteration.
+"""What the kernels read of a batch: small integer tables on the device, uploaded together once per iteration.
 
 Sizes are rounded up to capacities, and what fills them up says that it is nothing (a length of 0, a chunk of
 -1), on which a program exits at once. So grids take few sizes, and tables copied into fixed buffers of such a
@@ -18,6 +18,8 @@ from weft_kernels.transfer import upload
 
 SMALL_TILE, LARGE_TILE = 64, 128
 """Rows (tokens times the query heads of a group) of a tile of queries: large unless all chunks are short."""
+MAX_HEAD_DIM = 128
+"""Elements of a head that fit a tile."""
 _ALIGNED = 4
 """int32 values in 16 bytes: Triton compiles a kernel anew for pointers of another alignment."""
 _NOTHING = (-1, 0)
@@ -26,7 +28,7 @@ _NOTHING = (-1, 0)
 @dataclass(frozen=True, slots=True)
 class DecodeTables:
     """Of `num_rows` decode rows: `lengths` `[S]` int32, S a capacity, 0 where there is no row; `block_ids`
-    `[S, width]` int32; and a capacity of keys that no row exceeds."""
+    `[S, width]` int32; `max_keys`, a power of two, is exceeded by no row."""
 
     num_rows: int
     max_keys: int
@@ -39,8 +41,8 @@ class ChunkTables:
     """Of the chunks of a batch.
 
     Attributes:
-        chunks: `[C, 5]` int32: row_start, num_tokens, num_keys, key_offset, and where the chunk's blocks begin
-            in `block_ids` `[·]` int64.
+        chunks: `[C, 5]` int32: row_start, num_tokens, num_keys, key_offset, and where the chunk's blocks
+            begin in `block_ids` `[·]` int64.
         query_tiles: `[·, 2]` int32: chunk and first token of tiles of `tile_rows` rows, most keys first.
         key_tiles: `[·, 2]` int32: chunk and first key of tiles of `tile_keys` keys, most rows first.
     """
@@ -61,9 +63,7 @@ class AttentionTables:
     chunks: ChunkTables | None
 
     @staticmethod
-    def build(
-        batch: AttentionBatch, device: torch.device, *, group: int, tile_keys: int
-    ) -> AttentionTables:
+    def build(batch: AttentionBatch, device: torch.device, *, group: int, tile_keys: int) -> AttentionTables:
         """The tables of a batch for `group` query heads to a key head, from one upload (and, where there are
         chunks, one concatenation of their blocks on the device)."""
         packed = _Packed()
@@ -85,9 +85,11 @@ class AttentionTables:
         }
         decode = chunks = None
         if batch.decode:
-            max_keys = capacity(max(row.num_keys for row in batch.decode))
+            longest = max(row.num_keys for row in batch.decode)
             lengths_table = tables["lengths"].flatten()
-            decode = DecodeTables(len(batch.decode), max_keys, lengths_table, tables["block_ids"])
+            decode = DecodeTables(
+                len(batch.decode), 1 << (longest - 1).bit_length(), lengths_table, tables["block_ids"]
+            )
         if batch.chunks:
             block_ids = torch.cat([chunk.block_ids for chunk in batch.chunks])
             chunks = ChunkTables(

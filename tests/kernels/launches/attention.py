@@ -10,7 +10,7 @@ MODULES = (fused,)
 
 
 def launch(every: bool) -> None:
-    """Heads of 128 over blocks of 16 and long chunks; with `every`, heads of 64, blocks of 32, short chunks."""
+    """Heads of 128, blocks of 16 and long chunks; with `every`, heads of 64, blocks of 32, short chunks."""
     _launch(128, 16, num_tokens=512)
     if every:
         for head_dim, block_size, num_tokens in itertools.product((64, 128), (16, 32), (16, 512)):
