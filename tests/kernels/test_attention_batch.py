@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def test_one_long_sequence_does_not_make_short_ones_read_its_length() -> None:
     lengths = [64] * 31 + [4096]
     rows = [DecodeRow(range(4096 // 16), length) for length in lengths]
-    groups = tile_groups(AttentionBatch(rows, ()), 16, 4, None, CPU)
+    groups = tile_groups(AttentionBatch(rows, ()), 16, None, CPU, num_heads=4, max_decode_keys=1 << 16)
     assert sum(group.num_tiles * group.num_keys for group in groups) == sum(lengths)
     assert len(groups) == 2
 
@@ -47,7 +47,7 @@ def test_groups_hold_every_row_once_and_pad_at_most_twofold(lengths: list[int], 
 def test_chunks_are_cut_into_groups_that_fit_the_caches(window: int | None) -> None:
     table = torch.arange(4096 // 16)
     chunks = [make_chunk(600 * i, 600, 0, 3000, table, 16) for i in range(3)]
-    groups = tile_groups(AttentionBatch((), chunks), 16, 32, window, CPU)
+    groups = tile_groups(AttentionBatch((), chunks), 16, window, CPU, num_heads=32, max_decode_keys=1)
     for group in groups:
         assert group.num_tiles == 1 or group.num_tiles * group.num_rows * group.num_keys * 32 <= MAX_SCORES
         assert group.num_keys <= 1300 or window is None

@@ -1,8 +1,9 @@
 """Paged attention in plain PyTorch: what the kernels must equal, and the CPU path.
 
-Works on the groups of `tiles.py`: a group's keys are gathered, and its scores, softmax and output are one
-batched operation each, over all its sequences and heads; the rows that share a key head are rows of one
-matrix product, so keys are never repeated. Scores exist for one group at a time, in the processor's cache.
+Works on the groups of `tiles.py`, whose keys are gathered. A group of decode rows is one call of the
+library's attention. In a group of chunks' tiles, scores, softmax and output are one batched operation each,
+over all its sequences and heads; the rows that share a key head are rows of one matrix product, so keys are
+never repeated. Scores exist for one group at a time, in the processor's cache.
 
 The library's own CPU attention computes bf16 at the speed of fp32; its bf16 matrix products are four times
 as fast, but round scores to eight bits. A softmax does not change when a row's scores are shifted, and bf16
@@ -16,11 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels.attention.batch import AttentionBatch
 from weft_kernels.attention.tiles import TileGroup, tile_groups
 from weft_kernels.attention.training import KeyTarget, SavedAttention
+
+_GATHERED_BYTES = 4 << 20
+"""Keys and values that one call over decode rows gathers: about what a processor's caches hold."""
 
 
 def paged_attention(
@@ -85,10 +90,15 @@ def _forward(
     scale: float,
     sliding_window: int | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    dtype = _inner_dtype(q.dtype)
+    groups = _groups(q, k_cache, batch, sliding_window)
+    if len(groups) == 1 and groups[0].is_decode:
+        return _decode(groups[0], q, k_cache, v_cache, scale), []
     out, shifts = torch.empty_like(q), []
-    for group in _groups(q, k_cache, batch, sliding_window):
-        grouped = _Grouped(group, k_cache.shape[2])
+    for group in groups:
+        if group.is_decode:
+            out[group.rows] = _decode(group, q, k_cache, v_cache, scale)
+            continue
+        dtype, grouped = _inner_dtype(q.dtype), _Grouped(group, k_cache.shape[2])
         k = grouped.keys(k_cache, dtype)
         weights, shift = _weights(grouped, grouped.rows(q, dtype), k, scale, None)
         grouped.put_rows(out, torch.bmm(weights, grouped.keys(v_cache, dtype)))
@@ -100,10 +110,37 @@ def _groups(
     q: Tensor, k_cache: Tensor, batch: AttentionBatch, sliding_window: int | None
 ) -> tuple[TileGroup, ...]:
     block_size, num_heads = k_cache.shape[1], q.shape[1]
+    max_decode_keys = _GATHERED_BYTES // (2 * k_cache[0, 0].nbytes)
     return batch.once(
-        ("tiles", block_size, num_heads, sliding_window),
-        lambda: tile_groups(batch, block_size, num_heads, sliding_window, q.device),
+        ("tiles", block_size, num_heads, sliding_window, max_decode_keys),
+        lambda: tile_groups(
+            batch,
+            block_size,
+            sliding_window,
+            q.device,
+            num_heads=num_heads,
+            max_decode_keys=max_decode_keys,
+        ),
     )
+
+
+def _decode(group: TileGroup, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+    """Output of a group of decode rows, `[num_tiles, H, D]`."""
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    slots = group.slots.view(-1)
+    shape = (group.num_tiles, group.num_keys, num_kv_heads, head_dim)
+    k = k_cache.flatten(0, 1).index_select(0, slots).view(shape).transpose(1, 2)
+    v = v_cache.flatten(0, 1).index_select(0, slots).view(shape).transpose(1, 2)
+    rows = q[group.rows] if isinstance(group.rows, slice) else q.index_select(0, group.rows)
+    mask = group.mask(q.dtype)
+    out = F.scaled_dot_product_attention(
+        rows.reshape(group.num_tiles, num_kv_heads, -1, head_dim),  # heads of a group as queries
+        k,
+        v,
+        attn_mask=None if mask is None else mask[:, :, :, 0],
+        scale=scale,
+    )
+    return out.reshape(group.num_tiles, -1, head_dim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,9 @@ A tile is some consecutive rows of one sequence and the keys that any of them se
 matrix products whatever the number of sequences. Sizes are padded to steps, so that the library's matrix
 products, which are generated per shape, meet few shapes.
 
+Decode rows of similar length form a group, too, padded to its longest: one call for all of them would make
+everybody read as many keys as the longest has, one call for each would be a loop over sequences.
+
 Padding never reads what somebody else may have written: past a tile's keys, its own first key is repeated
 (and masked), past its rows, its own last row. A NaN would survive a mask.
 """
@@ -23,6 +26,8 @@ from weft_kernels.transfer import upload_indices
 MAX_SCORES = 1 << 20
 """Scores of one group: about what a processor's caches hold."""
 _MAX_ROWS, _MIN_ROWS = 128, 32
+_MIN_GROUPED_ROWS = 16
+"""Tiles of fewer rows count as if they had so many: their keys fill the caches, not their scores."""
 _MAX_TILE_SCORES = 1 << 17
 """Scores of one head in one tile; longer keys get fewer rows."""
 _KEY_STEP = 64
@@ -64,6 +69,11 @@ class TileGroup:
     _masks: dict[torch.dtype, Tensor] = field(default_factory=dict, compare=False, repr=False)
     _key_rows: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether its tiles are decode rows, a row each."""
+        return not self.spans
+
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """`hidden` as an additive mask `[num_tiles, 1, num_rows, 1, num_keys]`."""
         if self.hidden is None:
@@ -83,13 +93,24 @@ class TileGroup:
 
 
 def tile_groups(
-    batch: AttentionBatch, block_size: int, num_heads: int, sliding_window: int | None, device: torch.device
+    batch: AttentionBatch,
+    block_size: int,
+    sliding_window: int | None,
+    device: torch.device,
+    *,
+    num_heads: int,
+    max_decode_keys: int,
 ) -> tuple[TileGroup, ...]:
-    """The groups that make up a batch, for all layers that have this window."""
-    max_scores = MAX_SCORES // num_heads
+    """The groups that make up a batch, for all layers that have this window.
+
+    Args:
+        num_heads: query heads; with them, a group of chunks' tiles has at most `MAX_SCORES` scores.
+        max_decode_keys: keys, padding included, that a group of decode rows may gather (a longer sequence is
+            alone in its group).
+    """
     return (
-        *_decode_groups(batch.decode, block_size, max_scores, sliding_window, device),
-        *_chunk_groups(batch.chunks, block_size, max_scores, sliding_window, device),
+        *_decode_groups(batch.decode, block_size, max_decode_keys, sliding_window, device),
+        *_chunk_groups(batch.chunks, block_size, MAX_SCORES // num_heads, sliding_window, device),
     )
 
 
@@ -138,7 +159,7 @@ def _decode_group(
     device: torch.device,
 ) -> TileGroup:
     lengths = upload_indices([row.num_keys for row in decode], device).unsqueeze(1)
-    num_keys = _padded(max(row.num_keys for row in decode))
+    num_keys = max(row.num_keys for row in decode)
     keys = torch.arange(num_keys, device=device)
     tables = _block_tables([row.block_ids for row in decode], -(-num_keys // block_size), device)
     slots = tables[:, keys // block_size] * block_size + keys % block_size
@@ -194,7 +215,8 @@ def _chunk_groups(
         for tile in _tiles(chunk_idx, chunk, sliding_window):
             shape = (_padded_rows(tile.num_rows), _padded(tile.span.num_keys))
             alike = groups.setdefault(shape, [])
-            if alike and (len(alike[-1]) + 1) * shape[0] * shape[1] <= max_scores:
+            size = max(shape[0], _MIN_GROUPED_ROWS) * shape[1]
+            if alike and (len(alike[-1]) + 1) * size <= max_scores:
                 alike[-1].append(tile)
             else:
                 alike.append([tile])
