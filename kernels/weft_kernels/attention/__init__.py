@@ -3,28 +3,33 @@
     out_i = Σ_j softmax_j(scale · q_i·k_j) v_j      over the keys j that row i may see
 
 The cache of one layer is `[num_blocks, block_size, Hkv, D]` for keys and the same for values; query heads are
-grouped (`H` a multiple of `Hkv`). Softmax is accumulated in fp32 (fp64 for fp64 inputs).
+grouped (`H` a multiple of `Hkv`). Softmax is accumulated in fp32 (fp64 for fp64 inputs). Here arguments are
+checked; CUDA tensors go to the Triton kernels; all others, fp64, and heads wider than 128, to the reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from weft_kernels.attention import reference
-from weft_kernels.attention.batch import AttentionBatch, AttentionChunk, make_chunk
-from weft_kernels.attention.decode import DecodeBucket, make_buckets
-from weft_kernels.attention.reference import Vjp, gather_keys
+from weft_kernels.attention.batch import AttentionBatch, AttentionChunk, DecodeRow, make_chunk
+from weft_kernels.attention.tables import LARGE_TILE, MAX_HEAD_DIM, SMALL_TILE
+from weft_kernels.attention.training import KeyTarget, SavedAttention
 
 __all__ = [
+    "LARGE_TILE",
     "AttentionBatch",
     "AttentionChunk",
-    "DecodeBucket",
-    "Vjp",
-    "chunk_vjp",
-    "gather_keys",
-    "make_buckets",
+    "DecodeRow",
+    "KeyTarget",
+    "SavedAttention",
+    "attention_backward",
     "make_chunk",
     "paged_attention",
+    "windowed_attention",
 ]
 
 
@@ -41,7 +46,7 @@ def paged_attention(
 
     Args:
         q: `[T, H, D]`.
-        k_cache: `[num_blocks, block_size, Hkv, D]`; `v_cache` alike.
+        k_cache: `[num_blocks, block_size, Hkv, D]`, contiguous; `v_cache` alike.
         batch: which rows see which keys; its rows cover `[0, T)`.
         scale: factor of the scores.
         sliding_window: number of latest keys that a row sees (its own included); None means all.
@@ -50,37 +55,116 @@ def paged_attention(
         `[T, H, D]` in the dtype of `q`.
 
     Raises:
-        ValueError: head counts or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
     """
-    _check(q, k_cache, v_cache)
+    _check(q, k_cache, v_cache, batch)
+    if _use_kernels(q, k_cache):
+        from weft_kernels.attention import fused
+
+        return fused.paged_attention(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window)
     return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window)
 
 
-def chunk_vjp(
-    q: Tensor, k: Tensor, v: Tensor, chunk: AttentionChunk, *, scale: float, sliding_window: int | None = None
-) -> tuple[Tensor, Vjp]:
-    """One chunk's attention, and the function that differentiates it once.
+def windowed_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> tuple[Tensor, SavedAttention]:
+    """`paged_attention` of finetuning rows, to be differentiated by `attention_backward`.
 
     Args:
-        q: `[num_tokens, H, D]`.
-        k: `[num_keys, Hkv, D]` as from `gather_keys`; `v` alike.
-        chunk: only its sizes are read.
+        batch: chunks alone, no decode rows.
 
     Returns:
-        The output `[num_tokens, H, D]`, and a function from its cotangent to `(d_q, d_k, d_v)`, the latter
-        two over all keys of the chunk. The function may be called once; it keeps what it needs of the inputs
-        alive.
+        The output `[T, H, D]`, and what the backward needs: it keeps `q` and the output alive, and reads the
+        keys and values again, which must still be in the cache.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or decode rows.
     """
-    return reference.chunk_vjp(q, k, v, chunk, scale=scale, sliding_window=sliding_window)
+    _check(q, k_cache, v_cache, batch)
+    if batch.decode:
+        raise ValueError(f"{len(batch.decode)} decode rows in a batch that is to be differentiated")
+    if _use_kernels(q, k_cache):
+        from weft_kernels.attention import fused
+
+        return fused.windowed_attention(
+            q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window
+        )
+    return reference.windowed_attention(
+        q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window
+    )
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyTarget]) -> Tensor:
+    """Vector-Jacobian product of `windowed_attention`, deterministic.
+
+    Args:
+        d_out: cotangent of the output, `[T, H, D]` in its dtype.
+        saved: of the forward.
+        targets: one for each chunk of the batch, in its order; what is there is added to. No two chunks of a
+            batch may share accumulator rows.
+
+    Returns:
+        Cotangent of the queries, `[T, H, D]`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    _check_backward(d_out, saved, targets)
+    if _use_kernels(saved.q, saved.k_cache):
+        from weft_kernels.attention import fused
+
+        return fused.attention_backward(d_out, saved, targets)
+    return reference.attention_backward(d_out, saved, targets)
+
+
+def _use_kernels(q: Tensor, k_cache: Tensor) -> bool:
+    group = q.shape[1] // k_cache.shape[2]
+    return q.is_cuda and q.dtype != torch.float64 and group <= SMALL_TILE and q.shape[2] <= MAX_HEAD_DIM
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
     if k_cache.shape != v_cache.shape or k_cache.dim() != 4:
         raise ValueError(
             f"key and value cache must both be [num_blocks, block_size, Hkv, D]; "
             f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
         )
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("key and value cache must be contiguous")
     if q.dim() != 3 or q.shape[2] != k_cache.shape[3] or q.shape[1] % k_cache.shape[2]:
         raise ValueError(f"queries {tuple(q.shape)} do not fit a cache of {tuple(k_cache.shape)}")
-    if q.dtype != k_cache.dtype:
-        raise ValueError(f"queries are {q.dtype}, the cache is {k_cache.dtype}")
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(f"queries are {q.dtype}, the cache is {k_cache.dtype} and {v_cache.dtype}")
+    if q.shape[0] != batch.num_rows:
+        raise ValueError(f"{q.shape[0]} queries, but the batch has {batch.num_rows} rows")
+
+
+def _check_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyTarget]) -> None:
+    if d_out.shape != saved.out.shape or d_out.dtype != saved.out.dtype:
+        raise ValueError(
+            f"the cotangent is {tuple(d_out.shape)} {d_out.dtype}, "
+            f"the output {tuple(saved.out.shape)} {saved.out.dtype}"
+        )
+    chunks = saved.batch.chunks
+    if len(targets) != len(chunks):
+        raise ValueError(f"{len(targets)} targets for {len(chunks)} chunks")
+    for target, chunk in zip(targets, chunks, strict=True):
+        _check_target(target, chunk, saved)
+
+
+def _check_target(target: KeyTarget, chunk: AttentionChunk, saved: SavedAttention) -> None:
+    wide = saved.q.dtype.itemsize > 4
+    for d in (target.d_k, target.d_v):
+        if d.shape[1:] != saved.k_cache.shape[2:] or not d.is_contiguous():
+            raise ValueError(f"accumulators must be contiguous [n, Hkv, D], got {tuple(d.shape)}")
+        if d.dtype.itemsize < (8 if wide else 4):
+            raise ValueError(f"accumulators of {saved.q.dtype} inputs may not be {d.dtype}")
+        if target.first_key < 0 or target.first_key + chunk.num_keys > len(d):
+            raise ValueError(
+                f"keys [{target.first_key}, {target.first_key + chunk.num_keys}) of {len(d)} accumulators"
+            )

@@ -3,17 +3,24 @@ layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from torch import Tensor
 
-from weft_kernels.attention.decode import DecodeBucket
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionChunk:
+class DecodeRow(NamedTuple):
+    """One row, the newest token of its sequence: it sees the sequence's `num_keys` tokens, its own included,
+    which lie in the blocks `block_ids`."""
+
+    block_ids: Sequence[int]
+    num_keys: int
+
+
+class AttentionChunk(NamedTuple):
     """Consecutive rows of one sequence and the keys that they may see.
 
     Row `i` of the chunk is at key index `num_keys - num_tokens + i` (causal, bottom-right aligned).
@@ -26,25 +33,6 @@ class AttentionChunk:
     num_keys: int
     key_offset: int
     block_ids: Tensor
-    _masks: dict[tuple[torch.dtype, int | None], Tensor] = field(
-        default_factory=dict, compare=False, repr=False
-    )
-
-    def mask(self, dtype: torch.dtype, device: torch.device, sliding_window: int | None) -> Tensor:
-        """Additive causal mask `[num_tokens, num_keys]`, kept for the other layers of the iteration."""
-        key = (dtype, sliding_window)
-        if key not in self._masks:
-            positions = torch.arange(self.num_keys - self.num_tokens, self.num_keys, device=device).unsqueeze(
-                1
-            )
-            keys = torch.arange(self.num_keys, device=device).unsqueeze(0)
-            hidden = keys > positions
-            if sliding_window is not None:
-                hidden |= keys <= positions - sliding_window
-            self._masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
-                hidden, -torch.inf
-            )
-        return self._masks[key]
 
 
 def make_chunk(
@@ -65,13 +53,21 @@ def make_chunk(
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Decode rows come first in the flat batch, one per sequence, each in one of the buckets; the chunks
-    follow in row order."""
+    """Decode rows come first in the flat batch, row `i` is `decode[i]`; the chunks follow in row order."""
 
-    decode: Sequence[DecodeBucket]
+    decode: Sequence[DecodeRow]
     chunks: Sequence[AttentionChunk]
+    _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def num_decode(self) -> int:
-        """Number of decode rows."""
-        return sum(bucket.num_rows for bucket in self.decode)
+    def num_rows(self) -> int:
+        """T, the rows of the flat batch."""
+        return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when it was first called for this key: whatever an implementation derives from
+        the batch is derived for one layer and kept for the others."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        value: T = self._kept[key]
+        return value

@@ -1,23 +1,31 @@
-"""Paged attention in plain PyTorch: what every faster version must equal, and the CPU path.
+"""Paged attention in plain PyTorch: what the kernels must equal, and the CPU path.
 
-Decode rows are one padded, masked call for all sequences of similar length; every chunk (a prompt chunk, or
-the part of a finetuning window that lies in one example) is one call of the library's attention, which stores
-no score matrix.
+Works on the groups of `tiles.py`, whose keys are gathered. A group of decode rows is one call of the
+library's attention. In a group of chunks' tiles, scores, softmax and output are one batched operation each,
+over all its sequences and heads; the rows that share a key head are rows of one matrix product, so keys are
+never repeated. Scores exist for one group at a time, in the processor's cache.
+
+The library's own CPU attention computes bf16 at the speed of fp32; its bf16 matrix products are four times
+as fast, but round scores to eight bits. A softmax does not change when a row's scores are shifted, and bf16
+is fine near zero: so the scores of bf16 inputs are computed twice, and the second time the row's maximum is
+subtracted inside the product, before rounding. What is rounded then is small where the weight is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.attention.batch import AttentionBatch, AttentionChunk
-from weft_kernels.attention.decode import DecodeBucket
+from weft_kernels.attention.batch import AttentionBatch
+from weft_kernels.attention.tiles import TileGroup, tile_groups
+from weft_kernels.attention.training import KeyTarget, SavedAttention
 
-Vjp: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+_GATHERED_BYTES = 4 << 20
+"""Keys and values that one call over decode rows gathers: about what a processor's caches hold."""
 
 
 def paged_attention(
@@ -29,94 +37,208 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Attention of a flat batch over cached keys and values; see `weft_kernels.attention.paged_attention`."""
-    outputs = []
-    if batch.decode:
-        rows = q[: batch.num_decode]
-        outputs.append(_decode(rows, k_cache, v_cache, batch.decode, scale, sliding_window))
-    for chunk in batch.chunks:
-        k, v = gather_keys(k_cache, v_cache, chunk)
-        rows = q[chunk.row_start : chunk.row_start + chunk.num_tokens]
-        outputs.append(_chunk(rows, k, v, chunk, scale, sliding_window))
-    if not outputs:
-        return torch.empty_like(q)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    """Attention of a flat batch over cached keys and values; see `weft_kernels.attention.paged_attention`.
+    Differentiable by autograd for fp32 and fp64."""
+    return _forward(q, k_cache, v_cache, batch, scale, sliding_window)[0]
 
 
-def chunk_vjp(
-    q: Tensor, k: Tensor, v: Tensor, chunk: AttentionChunk, *, scale: float, sliding_window: int | None = None
-) -> tuple[Tensor, Vjp]:
-    """One chunk's attention and its backward; see `weft_kernels.attention.chunk_vjp`."""
-    with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out = _chunk(q, k, v, chunk, scale, sliding_window)
-
-    def backward(d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d_q, d_k, d_v = torch.autograd.grad(out, (q, k, v), d_out)
-        return d_q, d_k, d_v
-
-    return out.detach(), backward
-
-
-def gather_keys(k_cache: Tensor, v_cache: Tensor, chunk: AttentionChunk) -> tuple[Tensor, Tensor]:
-    """Keys and values of a chunk, contiguous: `[num_keys, Hkv, D]` each."""
-    heads, head_dim = k_cache.shape[-2:]
-    first, last = chunk.key_offset, chunk.key_offset + chunk.num_keys
-    k = k_cache.index_select(0, chunk.block_ids).view(-1, heads, head_dim)[first:last]
-    v = v_cache.index_select(0, chunk.block_ids).view(-1, heads, head_dim)[first:last]
-    return k, v
-
-
-def _decode(
+def windowed_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    buckets: Sequence[DecodeBucket],
+    batch: AttentionBatch,
+    *,
     scale: float,
-    sliding_window: int | None,
-) -> Tensor:
-    if len(buckets) == 1:
-        return _bucket(q, k_cache, v_cache, buckets[0], scale, sliding_window)
-    out = torch.empty_like(q)
-    for bucket in buckets:
-        assert bucket.rows is not None  # buckets that are several name their rows
-        rows = q.index_select(0, bucket.rows)
-        out.index_copy_(0, bucket.rows, _bucket(rows, k_cache, v_cache, bucket, scale, sliding_window))
-    return out
+    sliding_window: int | None = None,
+) -> tuple[Tensor, SavedAttention]:
+    """The same, and what its backward needs; see `weft_kernels.attention.windowed_attention`."""
+    out, shifts = _forward(q, k_cache, v_cache, batch, scale, sliding_window)
+    return out, SavedAttention(q, k_cache, v_cache, batch, scale, sliding_window, out, tuple(shifts))
 
 
-def _bucket(
+def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyTarget]) -> Tensor:
+    """Cotangent of the queries; adds those of keys and values to their accumulators. See
+    `weft_kernels.attention.attention_backward`."""
+    q, k_cache, v_cache, scale = saved.q, saved.k_cache, saved.v_cache, saved.scale
+    groups = _groups(q, k_cache, saved.batch, saved.sliding_window)
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    dtype = _inner_dtype(q.dtype)
+    d_q = torch.empty_like(q)
+    for group, shift in zip(groups, saved.stats, strict=True):
+        grouped = _Grouped(group, num_kv_heads)
+        q_rows, out_rows = grouped.rows(q, dtype), grouped.rows(saved.out, dtype)
+        d_out_rows = grouped.real_rows(d_out, dtype)
+        k, v = grouped.keys(k_cache, dtype), grouped.keys(v_cache, dtype)
+        weights, _ = _weights(grouped, q_rows, k, scale, shift)
+        # The backward of a softmax ignores shifts of a row too: near zero, less is lost by rounding.
+        delta = (d_out_rows * out_rows).sum(-1, keepdim=True)
+        d_weights = torch.baddbmm(delta, d_out_rows, v.transpose(1, 2), beta=-1)
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, dtype)
+        grouped.put_rows(d_q, _product(d_scores, k, scale))
+        d_k = _product(d_scores.transpose(1, 2), q_rows, scale)
+        d_v = torch.bmm(weights.transpose(1, 2), d_out_rows)
+        shape = (group.num_tiles, num_kv_heads, group.num_keys, head_dim)
+        _add_to_targets(group, d_k.view(shape), d_v.view(shape), targets)
+    return d_q
+
+
+def _forward(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    bucket: DecodeBucket,
+    batch: AttentionBatch,
     scale: float,
     sliding_window: int | None,
-) -> Tensor:
-    num_sequences, num_heads, head_dim = q.shape
-    block_size, num_kv_heads = k_cache.shape[1], k_cache.shape[2]
-    slots = bucket.slots(block_size).flatten()
-    shape = (num_sequences, bucket.num_keys, num_kv_heads, head_dim)
-    k = k_cache.flatten(0, 1).index_select(0, slots).view(shape)
-    v = v_cache.flatten(0, 1).index_select(0, slots).view(shape)
-    grouped = q.view(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    mask = bucket.mask(q.dtype, sliding_window)  # [S, 1, 1, num_keys]
+) -> tuple[Tensor, list[Tensor | None]]:
+    groups = _groups(q, k_cache, batch, sliding_window)
+    if len(groups) == 1 and groups[0].is_decode:
+        return _decode(groups[0], q, k_cache, v_cache, scale), []
+    out, shifts = torch.empty_like(q), []
+    for group in groups:
+        if group.is_decode:
+            out[group.rows] = _decode(group, q, k_cache, v_cache, scale)
+            continue
+        dtype, grouped = _inner_dtype(q.dtype), _Grouped(group, k_cache.shape[2])
+        k = grouped.keys(k_cache, dtype)
+        weights, shift = _weights(grouped, grouped.rows(q, dtype), k, scale, None)
+        grouped.put_rows(out, torch.bmm(weights, grouped.keys(v_cache, dtype)))
+        shifts.append(shift)
+    return out, shifts
+
+
+def _groups(
+    q: Tensor, k_cache: Tensor, batch: AttentionBatch, sliding_window: int | None
+) -> tuple[TileGroup, ...]:
+    block_size, num_heads = k_cache.shape[1], q.shape[1]
+    max_decode_keys = _GATHERED_BYTES // (2 * k_cache[0, 0].nbytes)
+    return batch.once(
+        ("tiles", block_size, num_heads, sliding_window, max_decode_keys),
+        lambda: tile_groups(
+            batch,
+            block_size,
+            sliding_window,
+            q.device,
+            num_heads=num_heads,
+            max_decode_keys=max_decode_keys,
+        ),
+    )
+
+
+def _decode(group: TileGroup, q: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float) -> Tensor:
+    """Output of a group of decode rows, `[num_tiles, H, D]`."""
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    slots = group.slots.view(-1)
+    shape = (group.num_tiles, group.num_keys, num_kv_heads, head_dim)
+    k = k_cache.flatten(0, 1).index_select(0, slots).view(shape).transpose(1, 2)
+    v = v_cache.flatten(0, 1).index_select(0, slots).view(shape).transpose(1, 2)
+    rows = q[group.rows] if isinstance(group.rows, slice) else q.index_select(0, group.rows)
+    mask = group.mask(q.dtype)
     out = F.scaled_dot_product_attention(
-        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+        rows.reshape(group.num_tiles, num_kv_heads, -1, head_dim),  # heads of a group as queries
+        k,
+        v,
+        attn_mask=None if mask is None else mask[:, :, :, 0],
+        scale=scale,
     )
-    return out.reshape(num_sequences, num_heads, head_dim)
+    return out.reshape(group.num_tiles, -1, head_dim)
 
 
-def _chunk(
-    q: Tensor, k: Tensor, v: Tensor, chunk: AttentionChunk, scale: float, sliding_window: int | None
-) -> Tensor:
-    num_heads, num_kv_heads = q.shape[1], k.shape[1]
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, tokens, D]
-    if num_heads != num_kv_heads:
-        k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=1) for x in (k, v))
-    whole = chunk.num_tokens == chunk.num_keys and (
-        sliding_window is None or chunk.num_keys <= sliding_window
-    )
-    mask = None if whole else chunk.mask(q.dtype, q.device, sliding_window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=whole, scale=scale)
-    return out.squeeze(0).transpose(0, 1)
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """Between flat rows `[T, H, D]` and a group's matrices `[num_tiles · Hkv, num_rows · G, D]`, with G query
+    heads to a key head."""
+
+    group: TileGroup
+    num_kv_heads: int
+
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        group, rows = self.group, self.group.rows
+        tiles = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+        head_dim = x.shape[2]
+        tiles = tiles.reshape(group.num_tiles, group.num_rows, self.num_kv_heads, -1, head_dim)
+        return tiles.transpose(1, 2).reshape(group.num_tiles * self.num_kv_heads, -1, head_dim).to(dtype)
+
+    def real_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same with zeros for padding."""
+        group, rows = self.group, self.group.rows
+        if group.real is None or isinstance(rows, slice):
+            return self.rows(x, dtype)
+        padded = x.new_zeros((len(rows), *x.shape[1:]))
+        padded.index_copy_(0, group.real, x.index_select(0, rows.index_select(0, group.real)))
+        shape = (group.num_tiles, group.num_rows, self.num_kv_heads, -1, x.shape[2])
+        tiles = padded.view(shape).transpose(1, 2)
+        return tiles.reshape(group.num_tiles * self.num_kv_heads, -1, x.shape[2]).to(dtype)
+
+    def put_rows(self, out: Tensor, x: Tensor) -> None:
+        """Write matrices to their rows of `out` `[T, H, D]`."""
+        group, rows = self.group, self.group.rows
+        shape = (group.num_tiles, self.num_kv_heads, group.num_rows, -1, out.shape[2])
+        tiles = x.view(shape).transpose(1, 2).reshape(-1, *out.shape[1:]).to(out.dtype)
+        if isinstance(rows, slice):
+            out[rows] = tiles
+        elif group.real is None:
+            out.index_copy_(0, rows, tiles)
+        else:
+            out.index_copy_(0, rows.index_select(0, group.real), tiles.index_select(0, group.real))
+
+    def keys(self, cache: Tensor, dtype: torch.dtype) -> Tensor:
+        """A group's keys or values, gathered: `[num_tiles · Hkv, num_keys, D]`."""
+        rows = cache.view(-1, cache.shape[3]).index_select(0, self.group.key_rows(self.num_kv_heads))
+        return rows.view(-1, self.group.num_keys, cache.shape[3]).to(dtype)
+
+    def scores(self, q: Tensor, keys: Tensor, scale: float, shift: Tensor | None = None) -> Tensor:
+        """`scale · q keys - shift`, minus infinity where a row does not see a key: all inside the product,
+        before rounding. `keys` is `[num_tiles · Hkv, D, num_keys]`, `shift`
+        `[num_tiles · Hkv, num_rows · G, 1]`."""
+        group, mask = self.group, self.group.mask(q.dtype)
+        if mask is None:
+            if shift is None:
+                return _product(q, keys, scale)
+            return torch.baddbmm(shift, q, keys, beta=-1, alpha=scale)
+        shape = (group.num_tiles, self.num_kv_heads, group.num_rows, q.shape[1] // group.num_rows)
+        if shift is None:
+            start = mask.expand(*shape, -1).clone(memory_format=torch.contiguous_format)
+        else:
+            start = mask - shift.view(*shape, 1)
+        return start.view(len(q), q.shape[1], -1).baddbmm_(q, keys, alpha=scale)
+
+
+def _weights(
+    grouped: _Grouped, q: Tensor, k: Tensor, scale: float, shift: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax of a group's scores, and for bf16 inputs the row maxima subtracted on the way (`shift`,
+    if given: to find them takes the scores once more)."""
+    keys = k.transpose(1, 2)
+    if shift is None and q.dtype not in (torch.float32, torch.float64):
+        shift = grouped.scores(q, keys, scale).amax(-1, keepdim=True)
+    scores = grouped.scores(q, keys, scale, shift)
+    if scores.requires_grad:
+        return scores.softmax(-1), shift
+    return torch.softmax(scores, -1, out=scores), shift
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`scale · a b`, the factor applied before rounding."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _add_to_targets(group: TileGroup, d_k: Tensor, d_v: Tensor, targets: Sequence[KeyTarget]) -> None:
+    for tile, span in enumerate(group.spans):
+        target = targets[span.chunk_idx]
+        first = target.first_key + span.first_key
+        target.d_k[first : first + span.num_keys] += d_k[tile, :, : span.num_keys].transpose(0, 1)
+        target.d_v[first : first + span.num_keys] += d_v[tile, :, : span.num_keys].transpose(0, 1)
+
+
+def _inner_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products are computed in: fp32 where the library has no fast ones for a narrower type."""
+    if dtype in (torch.float32, torch.float64):
+        return dtype
+    return dtype if dtype == torch.bfloat16 and has_bf16_products() else torch.float32
+
+
+def has_bf16_products() -> bool:
+    """Whether the library multiplies bf16 matrices by the processor's instructions (a private name: where it
+    is gone, the answer is no)."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and torch.backends.mkldnn.is_available() and bool(supported())  # type: ignore[no-untyped-call]

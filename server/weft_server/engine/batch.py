@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft_kernels.attention import AttentionBatch, make_buckets, make_chunk
+from weft_kernels.attention import AttentionBatch, DecodeRow, make_chunk
 from weft_kernels.lora import LoraBatch
 from weft_kernels.transfer import upload_indices
 from weft_scheduler.plan import Segment, SegmentKind
@@ -58,11 +58,9 @@ def build_batch(
     packs: Mapping[str, Pack],
     *,
     block_size: int,
-    max_gathered_keys: int,
     device: torch.device,
 ) -> FlatBatch:
-    """Lay a plan's segments out as one flat batch on `device`; `max_gathered_keys` bounds what one attention
-    call over decode rows gathers."""
+    """Lay a plan's segments out as one flat batch on `device`."""
     placed = _place(segments)
     decode = [p for p in placed if p.segment.kind is SegmentKind.DECODE]
     others = placed[len(decode) :]
@@ -97,12 +95,7 @@ def build_batch(
             positions=torch.cat(positions),
             slot_mapping=torch.cat(slots),
             attention=AttentionBatch(
-                make_buckets(
-                    [p.segment.block_ids for p in decode],
-                    [p.segment.start + 1 for p in decode],
-                    device,
-                    max_keys=max_gathered_keys,
-                ),
+                [DecodeRow(p.segment.block_ids, p.segment.start + 1) for p in decode],
                 chunks,
             ),
             lora=LoraBatch.build([(slot, row, n) for slot, row, n in runs if slot is not None], device),

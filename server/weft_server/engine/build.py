@@ -160,7 +160,7 @@ def assemble_engine(
     runner = Runner(
         decoder, cache, arena.table, max_num_seqs=limits.max_num_seqs, window_tokens=limits.window_tokens
     )
-    warm_up(decoder, arena, Path(config.data_dir) / PLAN_FILE if config.data_dir else None)
+    warm_up(decoder, cache, arena, Path(config.data_dir) / PLAN_FILE if config.data_dir else None)
     calibration = calibrate(runner, limits, arena, model.module_shapes)
     targets = _targets(config, device, calibration.unloaded_decode_s)
     cost = CostModel()

@@ -34,8 +34,6 @@ _PROMPT_LOGPROB_ROWS = 256
 _MAX_FUSED_TOKENS = {"cpu": 256, "cuda": 1024}
 """Rows of a fused backward call: enough for full speed, few enough for its scratch memory; on a CPU an
 arrival waits for one."""
-_GATHER_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-"""Keys and values that one attention call over decode rows gathers: on a CPU what its cache holds."""
 
 
 @dataclass(slots=True)
@@ -105,7 +103,6 @@ class Runner:
         self._table = table
         self._window_tokens = window_tokens
         self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
-        self._max_gathered_keys = max(1, _GATHER_BYTES[decoder.device.type] // cache.bytes_per_layer_token)
         self._max_fused_windows = _MAX_FUSED_TOKENS[decoder.device.type] // window_tokens
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=decoder.device)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -224,7 +221,6 @@ class Runner:
             self._sequences,
             self._packs,
             block_size=self._cache.block_size,
-            max_gathered_keys=self._max_gathered_keys,
             device=self._decoder.device,
         )
         decode = [self._sequences[p.segment.sequence_id] for p in batch.segments[: batch.num_decode]]

@@ -18,6 +18,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from weft_kernels.attention import (
+    LARGE_TILE,
+    AttentionBatch,
+    DecodeRow,
+    KeyTarget,
+    attention_backward,
+    make_chunk,
+    paged_attention,
+    windowed_attention,
+)
 from weft_kernels.lora import LoraBatch, LoraDropout, LoraEntry, lora_backward, lora_forward
 from weft_kernels.nf4 import Nf4Weight
 from weft_kernels.norm import add_rms_norm, rms_norm_backward
@@ -30,6 +40,7 @@ from weft_server.adapters.arena import AdapterArena
 from weft_server.adapters.image import HostImage
 from weft_server.adapters.layout import AdapterLayout, ModuleShapes
 from weft_server.adapters.paths import MODULE_GROUPS, MODULES
+from weft_server.cache.kv import KvCache
 from weft_server.model.decoder import Decoder
 from weft_server.model.weights import DecoderWeights
 from weft_server.quant.linear import QuantizedLinear
@@ -40,12 +51,15 @@ log = logging.getLogger(__name__)
 TILES = (16, 32, 64)
 """Rows, and ranks, of the tiles that the kernels are compiled for: sizes that fill one of each."""
 
+_MANY_KEYS = 4096
+"""Keys of a decode row that are split over programs."""
+
 MAX_MEASURING_S = 120.0
 """Most of it goes into compiling, once per machine: Triton keeps what it compiled. What is left to measure
 when it is over runs as the defaults say, and is measured at the next start."""
 
 
-def warm_up(decoder: Decoder, arena: AdapterArena, plan_file: Path | None = None) -> None:
+def warm_up(decoder: Decoder, cache: KvCache, arena: AdapterArena, plan_file: Path | None = None) -> None:
     """Launch what the engine will launch; nothing to do where the reference runs (CPU, or float64).
 
     Args:
@@ -58,6 +72,7 @@ def warm_up(decoder: Decoder, arena: AdapterArena, plan_file: Path | None = None
     warm_linears(decoder.weights, Tuner(plans, DeviceTimer(decoder.device), max_seconds=MAX_MEASURING_S))
     plans.save()
     warm_rows(decoder)
+    warm_attention(decoder, cache)
     warm_lora(arena, decoder.config.num_layers, decoder.config.module_shapes)
     torch.cuda.synchronize(decoder.device)
     log.info("compiled and loaded the kernels in %.1f s", time.perf_counter() - started)
@@ -137,6 +152,26 @@ def warm_rows(decoder: Decoder) -> None:
     rotate_queries(qkv, rotation, norms, config.num_kv_heads)
     d_kv = zeros(*kv_shape, dtype=torch.float32)
     rotate_backward(qkv, rotation, norms, q, d_kv, d_kv)
+
+
+@torch.no_grad()
+def warm_attention(decoder: Decoder, cache: KvCache) -> None:
+    """Decode rows of few and of many keys, short and long chunks, with and without a backward. Reads what is
+    in the cache's first block."""
+    config, device = decoder.config, decoder.device
+    keys, values, block_size = cache.keys[0], cache.values[0], cache.block_size
+    for num_tokens, num_blocks in ((1, 1), (LARGE_TILE, -(-_MANY_KEYS // block_size))):
+        table = torch.zeros(num_blocks, dtype=torch.int64, device=device)
+        row = DecodeRow([0] * num_blocks, num_blocks * block_size)
+        chunk = make_chunk(0, num_tokens, 0, num_tokens, table, block_size)
+        q = torch.zeros(num_tokens + 1, config.num_heads, config.head_dim, dtype=decoder.dtype, device=device)
+        batch = AttentionBatch([row], [chunk._replace(row_start=1)])
+        paged_attention(q, keys, values, batch, scale=decoder.scale)
+        out, saved = windowed_attention(q[1:], keys, values, AttentionBatch((), [chunk]), scale=decoder.scale)
+        accumulators = torch.zeros(
+            2, num_tokens, config.num_kv_heads, config.head_dim, dtype=torch.float32, device=device
+        )
+        attention_backward(out, saved, [KeyTarget(accumulators[0], accumulators[1], 0)])
 
 
 def warm_lora(arena: AdapterArena, num_layers: int, shapes: ModuleShapes) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.attention import Vjp, chunk_vjp, gather_keys, paged_attention
+from weft_kernels.attention import KeyTarget, attention_backward, paged_attention, windowed_attention
 from weft_kernels.lora import LoraTable, lora_backward, lora_forward
 from weft_kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from weft_kernels.rope import HeadNorms, KvSlots, Rotation, rotate_backward, rotate_queries, write_rotated
@@ -32,25 +32,15 @@ QKV, O, GATE_UP, DOWN = (0, 1, 2), (3,), (4, 5), (6,)  # noqa: E741 - the field'
 
 @dataclass(frozen=True, slots=True)
 class KeyGradients:
-    """Accumulators of one pack's key and value gradients in the live layer, `[pack tokens, Hkv, D]` each,
-    fp32 or wider.
+    """Accumulators of key and value gradients in the live layer, for one window.
 
-    Chunk `i` of the window's attention batch adds to `[first_key[i], first_key[i] + num_keys)`; `rows` are
-    the pack's own tokens in the window: the ones whose accumulated gradient is complete once this window's
-    chunks have added.
+    `targets` says where each chunk of the window's attention batch adds. `own` are the accumulators of the
+    window's own rows, `[n, Hkv, D]` of keys and of values, pack after pack: complete once the window's chunks
+    have added.
     """
 
-    d_k: Tensor
-    d_v: Tensor
-    rows: slice
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkKeys:
-    """Where a chunk's key gradients go: which accumulators, from which pack token on."""
-
-    gradients: KeyGradients
-    first_key: int
+    targets: Sequence[KeyTarget]
+    own: Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +120,7 @@ class Decoder:
         cache: KvCache,
         table: LoraTable,
         grads: Mapping[int, Tensor],
-        chunk_keys: Sequence[ChunkKeys],
+        key_gradients: KeyGradients,
     ) -> Tensor:
         """Vector-Jacobian product of one layer for one window of finetuning rows.
 
@@ -140,16 +130,24 @@ class Decoder:
         Args:
             hidden: the layer's input `[T, hidden]`.
             d_out: cotangent of the layer's output `[T, hidden]`.
-            batch: the rows; its attention has one chunk per entry of `chunk_keys` and no decode rows.
+            batch: the rows, without decode rows.
             grads: flat gradient of each adapter slot, added to.
-            chunk_keys: where each chunk's key gradients accumulate.
+            key_gradients: where the gradients of keys and values accumulate.
 
         Returns:
             Cotangent of the layer's input `[T, hidden]`.
         """
         weights = self.weights.layers[layer]
         acts = self._recompute_queries(layer, hidden, batch, table)
-        context, vjps = self._attend_with_vjp(layer, acts.q, batch, cache)
+        out, saved = windowed_attention(
+            acts.q,
+            cache.keys[layer],
+            cache.values[layer],
+            batch.attention,
+            scale=self.scale,
+            sliding_window=self.config.sliding_windows[layer],
+        )
+        context = out.flatten(1)
         mid = self._linear(weights.o, context, table, layer, O, (self.config.hidden_size,), batch)
         d_mid = self._backward_mlp(layer, mid, hidden, d_out, batch, table, grads)
         d_context = weights.o.input_grad(d_mid)
@@ -158,8 +156,8 @@ class Decoder:
             lora_backward(
                 context, d_mid, d_context, grads, table, layer, O, widths, batch.lora, batch.dropout
             )
-        d_q = self._backward_attention(d_context.view_as(acts.q), vjps, batch, chunk_keys)
-        d_k, d_v = _complete_rows(chunk_keys)
+        d_q = attention_backward(d_context.view_as(acts.q), saved, key_gradients.targets)
+        d_k, d_v = _complete_rows(key_gradients)
         d_qkv = rotate_backward(acts.qkv, acts.rotation, self.head_norms(weights), d_q, d_k, d_v)
         d_normed = weights.qkv.input_grad(d_qkv)
         if batch.lora is not None:
@@ -215,31 +213,6 @@ class Decoder:
             )
         return rms_norm_backward(mid, weights.post_attention_norm, d_normed, eps, d_out)
 
-    def _attend_with_vjp(
-        self, layer: int, q: Tensor, batch: TokenBatch, cache: KvCache
-    ) -> tuple[Tensor, list[Vjp]]:
-        outputs, vjps = [], []
-        for chunk in batch.attention.chunks:
-            k, v = gather_keys(cache.keys[layer], cache.values[layer], chunk)
-            rows = q[chunk.row_start : chunk.row_start + chunk.num_tokens]
-            window = self.config.sliding_windows[layer]
-            out, vjp = chunk_vjp(rows, k, v, chunk, scale=self.scale, sliding_window=window)
-            outputs.append(out)
-            vjps.append(vjp)
-        return torch.cat(outputs).flatten(1), vjps
-
-    def _backward_attention(
-        self, d_context: Tensor, vjps: Sequence[Vjp], batch: TokenBatch, chunk_keys: Sequence[ChunkKeys]
-    ) -> Tensor:
-        d_q = []
-        for chunk, vjp, target in zip(batch.attention.chunks, vjps, chunk_keys, strict=True):
-            d_q_rows, d_k, d_v = vjp(d_context[chunk.row_start : chunk.row_start + chunk.num_tokens])
-            keys = slice(target.first_key, target.first_key + chunk.num_keys)
-            target.gradients.d_k[keys] += d_k
-            target.gradients.d_v[keys] += d_v
-            d_q.append(d_q_rows)
-        return torch.cat(d_q)
-
     # ------------------------------------------------------------ parts
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -278,12 +251,10 @@ class Decoder:
         return context.flatten(1)
 
 
-def _complete_rows(chunk_keys: Sequence[ChunkKeys]) -> tuple[Tensor, Tensor]:
-    """Complete key and value gradients of the window's rows, `[T, Hkv, D]` each, pack after pack, in the
-    accumulators' dtype."""
-    packs = list({id(target.gradients): target.gradients for target in chunk_keys}.values())
-    if len(packs) == 1:
-        return packs[0].d_k[packs[0].rows], packs[0].d_v[packs[0].rows]
-    d_k = torch.cat([pack.d_k[pack.rows] for pack in packs])
-    d_v = torch.cat([pack.d_v[pack.rows] for pack in packs])
-    return d_k, d_v
+def _complete_rows(key_gradients: KeyGradients) -> tuple[Tensor, Tensor]:
+    """Complete key and value gradients of the window's rows, `[T, Hkv, D]` each, in the accumulators'
+    dtype."""
+    if len(key_gradients.own) == 1:
+        return key_gradients.own[0]
+    d_k, d_v = zip(*key_gradients.own, strict=True)
+    return torch.cat(d_k), torch.cat(d_v)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft_kernels.attention import AttentionBatch
+from weft_kernels.attention import AttentionBatch, KeyTarget
 from weft_kernels.lora import LoraBatch, LoraDropout, LoraTable
 from weft_server.cache.kv import KvCache
 from weft_server.model.batch import TokenBatch
-from weft_server.model.decoder import ChunkKeys, Decoder, KeyGradients
+from weft_server.model.decoder import Decoder, KeyGradients
 from weft_server.training.pack import Pack, PackChunk
 
 
@@ -85,7 +85,7 @@ class WindowedBackward:
             self._cache,
             self._table,
             grads,
-            self._chunk_keys(prepared, layer),
+            self._key_gradients(prepared, layer),
         )
         row = 0
         for placement, first, end in prepared.spans:
@@ -123,16 +123,18 @@ class WindowedBackward:
         )
         return _Window(tuple(spans), tuple(chunks), batch)
 
-    def _chunk_keys(self, prepared: _Window, layer: int) -> list[ChunkKeys]:
+    def _key_gradients(self, prepared: _Window, layer: int) -> KeyGradients:
         shape = (self._decoder.config.num_kv_heads, self._decoder.config.head_dim)
-        gradients = {}
+        accumulators, own = {}, []
         for placement, first, end in prepared.spans:
             d_k, d_v = placement.pack.key_gradients(layer, shape)
-            gradients[placement.pack.pack_id] = KeyGradients(d_k, d_v, slice(first, end))
-        return [
-            ChunkKeys(gradients[placement.pack.pack_id], chunk.first_key)
+            accumulators[placement.pack.pack_id] = (d_k, d_v)
+            own.append((d_k[first:end], d_v[first:end]))
+        targets = [
+            KeyTarget(*accumulators[placement.pack.pack_id], chunk.first_key)
             for placement, chunk in prepared.chunks
         ]
+        return KeyGradients(targets, own)
 
 
 def training_dropout(

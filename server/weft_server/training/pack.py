@@ -95,20 +95,25 @@ class Pack:
         self.d_keys.clear()
 
     def key_gradients(self, layer: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """This layer's key and value gradient accumulators, `[n, Hkv, D]` each; only one layer's are
-        alive."""
-        if layer not in self.d_keys:
-            self.d_keys.clear()
-            reference = self.d_hidden
-            if reference is None:
-                raise RuntimeError(f"pack {self.pack_id} has no backward state")
-            wide = torch.float64 if reference.dtype == torch.float64 else torch.float32
-            size = (self.num_tokens, *shape)
-            self.d_keys[layer] = (
-                torch.zeros(size, dtype=wide, device=reference.device),
-                torch.zeros(size, dtype=wide, device=reference.device),
-            )
-        return self.d_keys[layer]
+        """This layer's key and value gradient accumulators, `[n, Hkv, D]` each: the same two tensors for all
+        layers, zeroed when the layer changes."""
+        if layer in self.d_keys:
+            return self.d_keys[layer]
+        if self.d_keys:
+            _, accumulators = self.d_keys.popitem()
+            for accumulator in accumulators:
+                accumulator.zero_()
+        else:
+            accumulators = self._new_accumulators((self.num_tokens, *shape))
+        self.d_keys[layer] = accumulators
+        return accumulators
+
+    def _new_accumulators(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        if self.d_hidden is None:
+            raise RuntimeError(f"pack {self.pack_id} has no backward state")
+        wide = torch.float64 if self.d_hidden.dtype == torch.float64 else torch.float32
+        device = self.d_hidden.device
+        return torch.zeros(shape, dtype=wide, device=device), torch.zeros(shape, dtype=wide, device=device)
 
     def chunks(
         self, first: int, end: int, row_start: int, block_table: Tensor, block_size: int

@@ -73,7 +73,7 @@ def whole_sequence_logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     )
     segment = Segment("0", SegmentKind.PREFILL, 0, len(ids), None, (0,))
     sequences = {"0": Sequence("0", ids.tolist(), SamplingParams(max_tokens=1), 0)}
-    batch = build_batch([segment], sequences, {}, block_size=16, max_gathered_keys=64, device=CPU)
+    batch = build_batch([segment], sequences, {}, block_size=16, device=CPU)
     table = LoraTable(torch.zeros(64), 1, config.num_layers, 7)
     hidden, rotation = decoder.embed(ids), decoder.rotation(batch.tokens)
     for layer in range(config.num_layers):

@@ -11,7 +11,8 @@ import pytest
 import torch
 import triton
 
-from weft_kernels import int8, lora, nf4
+from weft_kernels import attention, int8, lora, nf4
+from weft_kernels.attention import fused as attention_fused
 from weft_kernels.int8 import fused as int8_fused
 from weft_kernels.lora import LoraBatch, LoraDropout, fused
 from weft_kernels.nf4 import fused as nf4_fused
@@ -59,6 +60,48 @@ def test_every_tile_runs_once_forward_and_backward_and_leaves_the_arena_empty(ar
     expected = set(itertools.product(groups, (16, 32, 64), (16, 32, 64), (False, True)))
     assert launched == {"lora_forward": expected, "lora_backward": expected}
     _assert_empty(arena)
+
+
+class _Launches:
+    """Stands in for a kernel and notes the options that its launches were compiled for."""
+
+    def __init__(self, *options):
+        self._options, self.seen = options, set()
+
+    def __getitem__(self, grid):
+        return lambda *_, **given: self.seen.add(tuple(given[option] for option in self._options))
+
+
+def test_every_tile_and_option_of_attention_is_launched(weights):
+    config = weights.config
+    cache = KvCache(
+        num_layers=1,
+        num_blocks=1,
+        block_size=16,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=weights.dtype,
+        device=weights.device,
+    )
+    kernels = {
+        "decode_kernel": _Launches("SPLIT"),
+        "combine_kernel": _Launches(),
+        "chunk_kernel": _Launches("SAVED", "BLOCK_M"),
+        "query_grad_kernel": _Launches("BLOCK_M"),
+        "key_grad_kernel": _Launches(),
+    }
+    with (
+        mock.patch.object(attention, "_use_kernels", return_value=True),
+        mock.patch.multiple(attention_fused, **kernels),
+    ):
+        warmup.warm_attention(Decoder(weights, max_positions=64), cache)
+    assert {name: kernel.seen for name, kernel in kernels.items()} == {
+        "decode_kernel": {(False,), (True,)},
+        "combine_kernel": {()},
+        "chunk_kernel": set(itertools.product((False, True), (64, 128))),
+        "query_grad_kernel": {(64,), (128,)},
+        "key_grad_kernel": {()},
+    }
 
 
 def test_the_row_wise_kernels_of_every_op_are_launched(weights):

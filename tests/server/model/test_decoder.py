@@ -132,7 +132,6 @@ def _logits(decoder: Decoder, prompts: list[list[int]], splits: list[int]) -> li
             sequences,
             {},
             block_size=BLOCK_SIZE,
-            max_gathered_keys=1024,
             device=CPU,
         )
         ids = batch.token_ids.clone()

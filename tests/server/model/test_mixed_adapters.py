@@ -143,9 +143,7 @@ def _run(decoder: Decoder, arena: AdapterArena, slots: dict[str, int], prompts: 
             slot = None if adapter is None else slots[adapter]
             segments.append(Segment(str(i), kind, start, count, slot, tuple(blocks)))
             starts[i] += count
-        batch = build_batch(
-            segments, sequences, {}, block_size=BLOCK_SIZE, max_gathered_keys=1024, device=CPU
-        )
+        batch = build_batch(segments, sequences, {}, block_size=BLOCK_SIZE, device=CPU)
         num_kinds.append(len({segment.kind for segment in segments}))
         ids = batch.token_ids.clone()
         for placed in batch.segments[: batch.num_decode]:

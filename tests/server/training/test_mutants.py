@@ -13,7 +13,6 @@ import weft_server.adapters.image as image_module
 import weft_server.engine.runner as runner_module
 import weft_server.model.decoder as decoder_module
 from weft_kernels.attention import make_chunk
-from weft_server.model.decoder import Decoder
 from weft_server.training.data import ExampleOrder
 from weft_server.training.job import StepReport
 from weft_server.training.optimizer import FlatAdamW
@@ -84,22 +83,19 @@ def test_the_step_is_exact_when_nothing_is_broken(setting):
 
 
 def _cross_window_gradient_dropped(patch):
-    whole = Decoder._backward_attention
+    backward = decoder_module.attention_backward
 
-    def own_window_only(self, d_context, vjps, batch, chunk_keys):
-        def cut(vjp, chunk):
-            def backward(d_out):
-                d_q, d_k, d_v = vjp(d_out)
-                earlier = chunk.num_keys - chunk.num_tokens
-                d_k[:earlier], d_v[:earlier] = 0, 0
-                return d_q, d_k, d_v
+    def own_window_only(d_out, saved, targets):
+        earlier = []
+        for chunk, target in zip(saved.batch.chunks, targets, strict=True):
+            keys = slice(target.first_key, target.first_key + chunk.num_keys - chunk.num_tokens)
+            earlier += [(d[keys], d[keys].clone()) for d in (target.d_k, target.d_v)]
+        d_q = backward(d_out, saved, targets)
+        for accumulated, before in earlier:
+            accumulated.copy_(before)
+        return d_q
 
-            return backward
-
-        cut_vjps = [cut(vjp, chunk) for vjp, chunk in zip(vjps, batch.attention.chunks, strict=True)]
-        return whole(self, d_context, cut_vjps, batch, chunk_keys)
-
-    patch.setattr(Decoder, "_backward_attention", own_window_only)
+    patch.setattr(decoder_module, "attention_backward", own_window_only)
 
 
 def _gradient_scaled_by_8(patch):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.attention import chunk_vjp, paged_attention
+from weft_kernels.attention import KeyTarget, attention_backward, paged_attention, windowed_attention
 from weft_scheduler.plan import Segment, SegmentKind
 from weft_server.bench.kernels.case import OpCase, Subject, relative_error
 from weft_server.cache.kv import KvCache
@@ -18,7 +18,6 @@ from weft_server.model.batch import TokenBatch
 from weft_server.protocol import SamplingParams
 
 _BLOCK_SIZE = 16
-_GATHERED_KEYS = {"cpu": 4096, "cuda": 1 << 18}
 
 
 def cases(subject: Subject) -> Iterator[OpCase]:
@@ -76,15 +75,14 @@ def _backward(subject: Subject, num_keys: int, num_rows: int) -> OpCase:
     """The last `num_rows` of a sequence: output, then gradients of queries and of all keys and values."""
     config = subject.model.config
     cache, batch = _layout(subject, [(num_keys, num_rows)])
-    chunk = batch.attention.chunks[0]
     (k,), (v,) = (_contiguous(t, [(num_keys, num_rows)]) for t in (cache.keys[0], cache.values[0]))
     q, d_out = (subject.randn(num_rows, config.num_heads, config.head_dim, scale=s) for s in (1.0, 0.5))
     scale = config.head_dim**-0.5
+    target = KeyTarget(torch.zeros(k.shape, device=k.device), torch.zeros(k.shape, device=k.device), 0)
 
-    def run() -> tuple[Tensor, Tensor, Tensor]:
-        _, vjp = chunk_vjp(q, k, v, chunk, scale=scale)
-        d_q, d_k, d_v = vjp(d_out)
-        return d_q, d_k, d_v
+    def run() -> Tensor:
+        _, saved = windowed_attention(q, cache.keys[0], cache.values[0], batch.attention, scale=scale)
+        return attention_backward(d_out, saved, [target])
 
     def defined(dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
@@ -93,13 +91,16 @@ def _backward(subject: Subject, num_keys: int, num_rows: int) -> OpCase:
         return torch.autograd.grad(out, leaves, d_out.to(dtype))
 
     def error() -> float:
-        return max(relative_error(a, e) for a, e in zip(run(), defined(torch.float32), strict=True))
+        target.d_k.zero_()
+        target.d_v.zero_()
+        gradients = (run(), target.d_k, target.d_v)
+        return max(relative_error(a, e) for a, e in zip(gradients, defined(torch.float32), strict=True))
 
     products = num_rows * (num_keys - (num_rows - 1) / 2)
     return OpCase(
         op="attention backward, forward again included",
         shape=f"{num_rows} rows, {num_keys} keys",
-        num_bytes=4 * q.nbytes + 4 * k.nbytes + 4 * v.nbytes,
+        num_bytes=4 * q.nbytes + 4 * k.nbytes + 4 * target.d_k.nbytes,
         flops=3.5 * 4.0 * config.num_heads * config.head_dim * products,
         run=run,
         error=error,
@@ -164,7 +165,6 @@ def _layout(subject: Subject, sequences: list[tuple[int, int]]) -> tuple[KvCache
         known,
         {},
         block_size=_BLOCK_SIZE,
-        max_gathered_keys=_GATHERED_KEYS[device.type],
         device=device,
     )
     return cache, batch.tokens
