@@ -5,7 +5,7 @@ from weft_scheduler.cost import CostModel
 from weft_scheduler.drain import TenantQueue
 from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
-from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
+from weft_scheduler.outcomes import Outcome, PackDone, SequenceToken, StepDone, StepResult
 from weft_scheduler.plan import (
     AdapterLoad,
     AdapterMove,
@@ -31,7 +31,6 @@ __all__ = [
     "MemoryPlan",
     "Outcome",
     "PackDone",
-    "PackForwarded",
     "PackSpec",
     "PlanFeatures",
     "PrefixSpec",

@@ -13,47 +13,14 @@ from typing import NamedTuple
 from weft_scheduler.charging import Pieces, split_time
 from weft_scheduler.cost import CostModel
 from weft_scheduler.features import PlanFeatures
+from weft_scheduler.in_flight import InFlight
 from weft_scheduler.limits import Limits
-from weft_scheduler.outcomes import StepResult
 from weft_scheduler.plan import BackwardSlice, MemoryPlan, Segment, SegmentKind, StepPlan
 from weft_scheduler.requests import Sequence
 from weft_scheduler.training import Job, Pack, PackStatus, TrainingQueue, Wave
 
 MIN_WINDOW_TOKENS = 16
 """The least that is forwarded of a pack at a time, but for its end."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class InFlight:
-    """A plan that is made and not committed, with the states that its outcomes belong to.
-
-    `draft` is what it was made from. `charges` are the seconds that each tenant has been charged for its
-    predicted time; `written` says up to which token the plan writes keys and values of a sequence.
-    """
-
-    plan: StepPlan
-    draft: PlanDraft
-    features: PlanFeatures
-    charges: dict[str, float]
-    is_flex: bool
-    num_decodes: int
-    has_prefill: bool
-    has_training: bool
-    written: tuple[tuple[Sequence, int], ...]
-    sampled: tuple[Sequence, ...]
-    forwarded: tuple[Pack, ...]
-    done: tuple[Pack, ...]
-    stepped: tuple[Job, ...]
-
-    def check_result(self, result: StepResult) -> None:
-        """Every sequence that sampled and is still alive has its token.
-
-        Raises:
-            ValueError: naming the sequence without one.
-        """
-        for sequence in self.sampled:
-            if sequence.spec.sequence_id not in result.sampled and not sequence.is_finished:
-                raise ValueError(f"the result has no token for sequence {sequence.spec.sequence_id}")
 
 
 class PlannedSlice(NamedTuple):
@@ -89,7 +56,6 @@ class PlanDraft:
     dropped: list[str] = field(default_factory=list)
     written: list[tuple[Sequence, int]] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
-    forwarded: list[Pack] = field(default_factory=list)
     slices: list[PlannedSlice] = field(default_factory=list)
     done: list[Pack] = field(default_factory=list)
     freed: dict[Pack, tuple[int, ...]] = field(default_factory=dict)
@@ -216,8 +182,7 @@ class PlanDraft:
             )
         )
         pack.last_planned = self.iteration
-        if training.forwarded(pack, num_tokens):
-            self.forwarded.append(pack)
+        training.forwarded(pack, num_tokens)
         self.num_training_units += 1
         end, alone = start + num_tokens, self.training_tally
         alone.forward_tokens += num_tokens
@@ -301,19 +266,18 @@ class PlanDraft:
             expired=expired,
         )
         return InFlight(
-            plan,
-            self,
-            self.tally,
-            self._charges(plan.predicted_s),
-            self.is_flex,
-            self.num_decodes,
-            self.num_prefill_tokens > 0,
-            self.num_training_units > 0,
-            tuple(self.written),
-            tuple(self.sampled),
-            tuple(self.forwarded),
-            tuple(self.done),
-            tuple(self.stepped),
+            plan=plan,
+            draft=self,
+            features=self.tally,
+            charges=self._charges(plan.predicted_s),
+            is_flex=self.is_flex,
+            num_decodes=self.num_decodes,
+            has_prefill=self.num_prefill_tokens > 0,
+            has_training=self.num_training_units > 0,
+            written=tuple(self.written),
+            sampled=tuple(self.sampled),
+            done=tuple(self.done),
+            stepped=tuple(self.stepped),
         )
 
     # ------------------------------------------------------------ inside

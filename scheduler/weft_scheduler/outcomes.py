@@ -52,15 +52,6 @@ class SequenceToken(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PackForwarded:
-    """Every window of a pack has been forwarded with its loss (once per pack; forwarding again is not
-    reported).
-    """
-
-    pack_id: str
-
-
-@dataclass(frozen=True, slots=True)
 class PackDone:
     """The last slice (layer 0, window 0) of a pack has run."""
 
@@ -74,4 +65,4 @@ class StepDone:
     job_id: str
 
 
-Outcome: TypeAlias = SequenceToken | PackForwarded | PackDone | StepDone
+Outcome: TypeAlias = SequenceToken | PackDone | StepDone

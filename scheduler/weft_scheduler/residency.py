@@ -17,17 +17,17 @@ from math import inf
 from weft_scheduler.entries import AdapterActions, AdapterState, Entry
 from weft_scheduler.eviction import DecayedFrequency, EvictionPolicy
 from weft_scheduler.extents import Placement, aligned
+from weft_scheduler.pins import Pins
 from weft_scheduler.places import ArenaPlaces
 from weft_scheduler.regions import Regions
 from weft_scheduler.relocation import Relocation
 from weft_scheduler.requests import RequestTooLarge
 from weft_scheduler.reservations import Reservation, Reservations
 from weft_scheduler.staging import HostStaging
+from weft_scheduler.vacating import Vacating
 
 PIN_RETRY_S = 30.0
 """After how long a pinned adapter that could not be fetched is tried again."""
-
-_MISPLACED_PIN_PENALTY = 1e18
 
 
 class Residency:
@@ -55,17 +55,22 @@ class Residency:
         self.entries: dict[str, Entry] = {}
         self.missing: dict[str, Entry] = {}
         self.on_host: dict[str, Entry] = {}
-        self.pinned: dict[str, Entry] = {}
-        self._pins: dict[str, None] = {}
+        self.pins = Pins(self.regions)
         self.reservations = Reservations(capacity, num_slots)
         self._relocation = Relocation(self.places, self.regions, self.reservations)
         self.staging = HostStaging(capacity)
         self._policy: EvictionPolicy = policy or DecayedFrequency()
-        self._is_synchronous = is_synchronous
+        self._vacating = Vacating(
+            self.entries,
+            self.places,
+            self.regions,
+            self.reservations,
+            self._policy,
+            is_synchronous=is_synchronous,
+        )
         self._leaving: list[Entry] = []
         self._num_training_slots = 0
         self._now_s = 0.0
-        self._committed = 0
         self._fetches: list[str] = []
 
     # ------------------------------------------------------------ questions
@@ -137,30 +142,22 @@ class Residency:
         """
         if key in self.entries and self.entries[key].is_training:
             raise ValueError(f"{key} is an adapter in training; pin the version that the job publishes")
-        self._pins[key] = None
+        self.pins.ask(key)
         self._grant_pins()
 
     def unpin(self, key: str) -> None:
         """Let a pinned adapter leave like any other. Unknown keys are ignored."""
-        self._pins.pop(key, None)
-        entry = self.pinned.pop(key, None)
+        entry = self.pins.drop(key)
         if entry is not None:
-            entry.is_pinned = False
             self._forget_if_unwanted(entry)
             self._grant_pins()
 
     def _grant_pins(self) -> None:
-        for key in self._pins:
-            if len(self.pinned) >= self.regions.max_pinned_slots:
-                return
-            if key in self.pinned:
-                continue
+        while (key := self.pins.next_to_grant()) is not None:
             entry = self.entries.get(key)
             if entry is None:
                 entry = self.entries[key] = self.missing[key] = Entry(key, 0, is_training=False)
-            entry.is_pinned = True
-            entry.pinned_since_s = entry.retry_at_s = self._now_s
-            self.pinned[key] = entry
+            self.pins.grant(entry, self._now_s)
 
     def remove(self, key: str, fence: int) -> None:
         """Forget a training adapter; its place is freed once iteration `fence` is committed. Unknown keys are
@@ -189,7 +186,7 @@ class Residency:
             return None
         if entry.num_elements not in (0, num_elements):
             return f"adapter {key} has {num_elements} elements, not {entry.num_elements} as announced"
-        reason = self._refusal(key, num_elements, entry.is_training) or self._pin_refusal(entry, num_elements)
+        reason = self._refusal(key, num_elements, entry.is_training) or self.pins.refusal(entry, num_elements)
         if reason is not None:
             return reason
         entry.num_elements = num_elements
@@ -232,7 +229,7 @@ class Residency:
     def advance(self, now_s: float, committed: int) -> None:
         """Begin a plan: plans up to iteration `committed` are committed; what has been removed may leave."""
         self._now_s = now_s
-        self._committed = committed
+        self._vacating.committed = committed
         staying = []
         for entry in self._leaving:
             if entry.state is AdapterState.DEVICE and entry.fence <= committed:
@@ -258,18 +255,18 @@ class Residency:
             return False
 
         def cost(key: str) -> float | None:
-            return self._eviction_cost(key, is_aged=is_aged)
+            return self._vacating.eviction_cost(key, is_aged=is_aged)
 
-        place = self._find(entry, cost)
+        place = self._vacating.find(entry, cost)
         if place is None or place.victims:
-            compacted = self._relocation.try_compact(entry, self.entries, self._is_movable)
+            compacted = self._relocation.try_compact(entry, self.entries, self._vacating.is_movable)
             if compacted is not None:
                 place = Placement(compacted, (), 0.0)
         if place is None:
             return False
         victims = list(place.victims)
         if not victims and not self.places.has_free_slot:
-            donor = self._cheapest(cost)
+            donor = self._vacating.cheapest(cost)
             if donor is None:
                 return False
             victims.append(donor)
@@ -289,19 +286,14 @@ class Residency:
             return False
 
         def cost(key: str) -> float | None:
-            other = self.entries.get(key)
-            if other is None or other.is_training or other.slot is None or self.reservations.is_victim(key):
-                return None
-            if self._is_protected(other) or (other.is_fresh and other.num_waiting):
-                return None
-            return 1.0 + drain_tokens(key)
+            return self._vacating.drain_cost(key, drain_tokens)
 
-        place = self._find(entry, cost)
+        place = self._vacating.find(entry, cost)
         if place is None:
             return False
         victims = set(place.victims)
         if not victims:
-            donor = self._cheapest(cost)
+            donor = self._vacating.cheapest(cost)
             if donor is None:
                 return False
             victims.add(donor)
@@ -319,7 +311,7 @@ class Residency:
                 self.reservations.drop(reservation.key)
                 continue
             staying = [key for key in reservation.victims if key in self.extents]
-            if all(self._is_idle(self.entries[key]) for key in staying):
+            if all(self._vacating.is_idle(self.entries[key]) for key in staying):
                 self.reservations.drop(reservation.key)
                 if staying or self.places.has_free_slot:
                     self._place(entry, reservation.offset, staying)
@@ -329,9 +321,9 @@ class Residency:
         room.
         """
         self._relocation.settle(
-            self.pinned.values(),
-            self._is_movable,
-            lambda key: self._eviction_cost(key, is_aged=False),
+            self.pins.granted.values(),
+            self._vacating.is_movable,
+            lambda key: self._vacating.eviction_cost(key, is_aged=False),
             lambda key: self._evict(self.entries[key]),
         )
 
@@ -359,11 +351,11 @@ class Residency:
         training = [entry for entry in placed if entry.is_training]
         assert len(training) == self._num_training_slots <= self.regions.max_training_slots
         assert all(self.places.lies_in(entry.key, self.regions.training) for entry in training)
-        assert set(self.pinned) == {key for key, entry in self.entries.items() if entry.is_pinned}
+        assert set(self.pins.granted) == {key for key, entry in self.entries.items() if entry.is_pinned}
         assert set(self.on_host) == {
             key for key, entry in self.entries.items() if entry.state is AdapterState.HOST
         }
-        assert len(self.pinned) <= self.regions.max_pinned_slots
+        assert len(self.pins.granted) <= self.regions.max_pinned_slots
         victims = [key for kept in self.reservations.all() for key in kept.victims]
         assert len(set(victims)) == len(victims)
         staged = (AdapterState.FETCHING, AdapterState.HOST)
@@ -383,74 +375,9 @@ class Residency:
             f"adapter {key} has {num_elements} elements; {room} offers {most} elements and {num_slots} slots"
         )
 
-    def _pin_refusal(self, entry: Entry, num_elements: int) -> str | None:
-        """Why a pinned adapter that nobody waits for is not worth its room in host memory."""
-        if not entry.is_pinned or entry.num_waiting:
-            return None
-        most = self.regions.pinned_elements
-        near = (AdapterState.HOST, AdapterState.LOADING, AdapterState.DEVICE)
-        others = [other for other in self.pinned.values() if other is not entry and other.state in near]
-        held = sum(aligned(other.num_elements) for other in others)
-        if held + aligned(num_elements) <= most:
-            return None
-        return (
-            f"pinned adapter {entry.key} has {num_elements} elements; {len(others)} others hold {held} of "
-            f"the {most} elements that may be pinned"
-        )
-
-    def _find(self, entry: Entry, cost: Callable[[str], float | None]) -> Placement | None:
-        """The cheapest room: of a training adapter in its region, of a pinned one in its own if possible."""
-        avoid = self.reservations.areas
-        lowest, highest = self.regions.of(entry)
-        place = self.extents.find(
-            entry.num_elements,
-            cost,
-            lowest=lowest,
-            highest=highest,
-            from_top=entry.is_training,
-            avoid=avoid,
-        )
-        if place is None and entry.is_pinned:
-            place = self.extents.find(entry.num_elements, cost, avoid=avoid)
-        return place
-
     def _slot_class_free(self, entry: Entry) -> bool:
         """Whether a training adapter finds a slot among those that jobs may hold; for others always."""
         return not entry.is_training or self._num_training_slots < self.regions.max_training_slots
-
-    def _is_idle(self, entry: Entry) -> bool:
-        return (
-            entry.state is AdapterState.DEVICE
-            and not entry.is_training
-            and not entry.num_users
-            and entry.fence <= self._committed
-        )
-
-    def _is_movable(self, key: str) -> bool:
-        entry = self.entries.get(key)
-        if entry is None or entry.is_training or entry.state is not AdapterState.DEVICE:
-            return False
-        is_unread = self._is_idle(entry) or self._is_synchronous
-        return is_unread and not self.reservations.is_victim(key)
-
-    def _eviction_cost(self, key: str, *, is_aged: bool) -> float | None:
-        entry = self.entries.get(key)
-        if entry is None or not self._is_idle(entry) or self.reservations.is_victim(key):
-            return None
-        if self._is_protected(entry):
-            return None
-        if entry.num_waiting and (entry.is_fresh or not is_aged):
-            return None
-        value = self._policy.value(key, entry.num_elements)
-        return value + (_MISPLACED_PIN_PENALTY if entry.is_pinned else 0.0)
-
-    def _is_protected(self, entry: Entry) -> bool:
-        """Whether it is pinned and lies where it belongs; elsewhere it leaves last, and comes back there."""
-        return entry.is_pinned and self.places.lies_in(entry.key, self.regions.pinned)
-
-    def _cheapest(self, cost: Callable[[str], float | None]) -> str | None:
-        priced = [(price, key) for key in self.extents if (price := cost(key)) is not None]
-        return min(priced)[1] if priced else None
 
     def _place(self, entry: Entry, offset: int, victims: list[str]) -> None:
         for key in sorted(victims):

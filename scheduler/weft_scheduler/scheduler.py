@@ -18,35 +18,28 @@ not run is taken back at commit.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
 
 from weft_scheduler.adapter_policy import bring_adapters_nearer
-from weft_scheduler.budget import FILLED, BudgetController, LatencyTargets
+from weft_scheduler.admission import new_sequence
+from weft_scheduler.budget import BudgetController, LatencyTargets
+from weft_scheduler.class_budgets import ClassBudgets
+from weft_scheduler.commit import commit_tokens, commit_training
 from weft_scheduler.cost import CostModel
-from weft_scheduler.draft import InFlight, PlanDraft
+from weft_scheduler.draft import PlanDraft
 from weft_scheduler.drain import TenantQueue
+from weft_scheduler.in_flight import InFlight
+from weft_scheduler.ledger import Ledger
 from weft_scheduler.limits import Limits
-from weft_scheduler.outcomes import Outcome, PackDone, PackForwarded, SequenceToken, StepDone, StepResult
+from weft_scheduler.outcomes import Outcome, StepResult
 from weft_scheduler.plan import MemoryPlan, StepPlan
 from weft_scheduler.policies import Policy, WeftPolicy
-from weft_scheduler.prefix import PrefixChain
-from weft_scheduler.requests import RequestSpec, RequestTooLarge, Sequence, SequenceStatus
+from weft_scheduler.requests import RequestSpec, RequestTooLarge
 from weft_scheduler.state import SchedulerState
-from weft_scheduler.training import PackSpec, PackStatus
+from weft_scheduler.training import PackSpec
 from weft_scheduler.training_policy import withdraw
-
-__all__ = [
-    "Outcome",
-    "PackDone",
-    "PackForwarded",
-    "Scheduler",
-    "SequenceToken",
-    "StepDone",
-    "StepResult",
-]
 
 _JOB_PREFIX = "job:"
 
@@ -72,8 +65,9 @@ class Scheduler:
         """
         self.limits = limits
         self.cost = cost
-        self.set_targets(targets, flex_targets)
+        self._budgets = ClassBudgets(targets, flex_targets, limits.max_inflight)
         self._state = SchedulerState(limits, cost)
+        self._ledger = Ledger(self._state.shares)
         self._policy = WeftPolicy() if policy is None else policy
         self._in_flight: deque[InFlight] = deque()
         self._iteration = 0
@@ -81,9 +75,6 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_packs_dropped = 0
         self._unreported = MemoryPlan()
-        self._decodes_committed_s: float | None = None
-        self.service_s: defaultdict[str, float] = defaultdict(float)
-        """Seconds of iterations charged to each tenant so far, inference and finetuning together."""
         for tenant, weight in (tenant_weights or {}).items():
             self.set_weight(tenant, weight)
 
@@ -96,36 +87,10 @@ class Scheduler:
             room.
             ValueError: its id is in use, or a number is out of range.
         """
-        limits = self.limits
-        name = f"request {spec.sequence_id}"
         if spec.sequence_id in self._state.sequences:
-            raise ValueError(f"{name} exists already")
-        if spec.num_prompt_tokens < 1 or spec.max_new_tokens < 1 or spec.min_new_tokens < 0:
-            raise ValueError(
-                f"{name}: prompt and max_new_tokens must be at least 1, min_new_tokens at least 0"
-            )
-        room = limits.max_model_len - spec.num_prompt_tokens
-        if room < 0:
-            raise RequestTooLarge(
-                f"the prompt has {spec.num_prompt_tokens} tokens; the context holds {limits.max_model_len}"
-            )
-        # The last token sampled is never computed, so a prompt that fills the context can still be scored.
-        max_new_tokens = min(spec.max_new_tokens, max(1, room))
-        num_cached = spec.num_prompt_tokens + max_new_tokens - 1
-        if num_cached > limits.capacity_tokens:
-            raise RequestTooLarge(
-                f"{spec.num_prompt_tokens} prompt tokens and up to {max_new_tokens} new ones need "
-                f"{num_cached} tokens of cache; there are {limits.capacity_tokens}: ask for fewer new tokens"
-            )
-        if spec.prefix is not None and len(spec.prefix.token_ids) != spec.num_prompt_tokens:
-            raise ValueError(
-                f"{name}: prefix has {len(spec.prefix.token_ids)} token ids; "
-                f"give those of all {spec.num_prompt_tokens} prompt tokens"
-            )
+            raise ValueError(f"request {spec.sequence_id} exists already")
+        sequence = new_sequence(spec, self.limits, self._num_arrivals + 1, now)
         self._num_arrivals += 1
-        sequence = Sequence(spec, self._num_arrivals, max_new_tokens, now, now)
-        if spec.prefix is not None:
-            sequence.chain = PrefixChain(spec.prefix.root, limits.block_size, spec.prefix.token_ids)
         self._state.meter_arrival(spec.tenant, now)
         self._state.enqueue(sequence)
         self._state.deadlines.add(sequence)
@@ -160,8 +125,7 @@ class Scheduler:
 
         `flex_targets` are those of the flex class, by default `FLEX_FACTOR` times as long.
         """
-        self.budget = BudgetController(targets, self.limits.max_inflight)
-        self.flex_budget = BudgetController(flex_targets or targets.relaxed(), self.limits.max_inflight)
+        self._budgets = ClassBudgets(targets, flex_targets, self.limits.max_inflight)
 
     def set_max_concurrency(self, most: Mapping[str, int]) -> None:
         """Let at most so many requests of a tenant run at a time; tenants not named have no such limit.
@@ -296,17 +260,13 @@ class Scheduler:
         is_flex = state.num_default == 0 < len(state.sequences)
         sizes = state.residency.places.slot_elements
         draft = PlanDraft(self._iteration, now, self.limits, self.cost, sizes, is_flex=is_flex)
-        budget_s = self._policy.fill(state, draft, self._budget_of(is_flex=is_flex))
+        budget_s = self._policy.fill(state, draft, self._budgets.of(is_flex=is_flex))
 
         made = self._finish(draft, budget_s, expired)
         if not made.plan.is_empty:
             self._in_flight.append(made)
-            self._charge(made.charges, 1.0)
+            self._ledger.charge(made)
         return made.plan
-
-    def _budget_of(self, *, is_flex: bool) -> BudgetController:
-        """The controller of a class of requests."""
-        return self.flex_budget if is_flex else self.budget
 
     def _expire(self, now: float) -> tuple[str, ...]:
         """Forget the requests whose deadline has come."""
@@ -352,88 +312,17 @@ class Scheduler:
         if is_cut and self.limits.max_inflight > 1:
             raise ValueError(f"iteration {plan.iteration} must run to its end: the next is planned upon it")
         made = self._in_flight.popleft()
-        if is_cut:
-            made = self._cut(made, num_slices, num_steps)
+        ran = self._cut(made, num_slices, num_steps) if is_cut else made
         self._state.advance(self._committed_before(self._iteration + 1))
-        self.cost.observe(made.features, result.elapsed_s)
-        self._budget_of(is_flex=made.is_flex).observe(
-            self._interval_s(made, result.elapsed_s, now),
-            made.num_decodes,
-            has_prefill=made.has_prefill,
-            has_training=made.has_training,
-            is_filled=made.plan.predicted_s >= FILLED * made.plan.budget_s,
-        )
-        self._correct_charges(made, result.elapsed_s)
-        self._state.meter_tokens(made.sampled, now)
-        for sequence, num_tokens in made.written:
-            if sequence.status is SequenceStatus.RUNNING:
-                self._state.written(sequence, num_tokens)
-        outcomes: list[Outcome] = [*self._commit_tokens(made, result, now), *self._commit_training(made)]
-        return outcomes
+        self.cost.observe(ran.features, result.elapsed_s)
+        self._budgets.observe(ran, result.elapsed_s, now)
+        self._ledger.settle(made, ran, result.elapsed_s)
+        return [*commit_tokens(self._state, ran, result, now), *commit_training(self._state, ran)]
 
     def _cut(self, made: InFlight, num_slices: int, num_steps: int) -> InFlight:
         """The plan as if no more had been planned than has run; nothing has come after it."""
         withdraw(self._state, made.draft, num_slices, num_steps)
-        cut = made.draft.finish(made.plan.memory, made.plan.budget_s, made.plan.expired)
-        self._charge(made.charges, -1.0)
-        self._charge(cut.charges, 1.0)
-        return cut
-
-    def _interval_s(self, made: InFlight, elapsed_s: float, now: float) -> float:
-        """How long those who decode have waited: from commit to commit, what the engine does between
-        iterations included.
-        """
-        interval_s = elapsed_s
-        if made.num_decodes and self._decodes_committed_s is not None:
-            interval_s = max(interval_s, now - self._decodes_committed_s)
-        self._decodes_committed_s = now if made.num_decodes else None
-        return interval_s
-
-    def _correct_charges(self, made: InFlight, elapsed_s: float) -> None:
-        """Tenants were charged for the predicted time; from now on, for the time that it took."""
-        if made.plan.predicted_s <= 0.0 or not (isfinite(elapsed_s) and elapsed_s > 0.0):
-            return
-        self._charge(made.charges, elapsed_s / made.plan.predicted_s - 1.0)
-
-    def _charge(self, charges: Mapping[str, float], factor: float) -> None:
-        for tenant, charge_s in charges.items():
-            self._state.shares.charge(tenant, charge_s * factor)
-            self.service_s[tenant] += charge_s * factor
-
-    def _commit_tokens(self, made: InFlight, result: StepResult, now: float) -> list[SequenceToken]:
-        tokens = []
-        for sequence in made.sampled:
-            if sequence.is_finished:
-                continue
-            token_id = result.sampled[sequence.spec.sequence_id]
-            sequence.num_generated += 1
-            if sequence.num_generated == 1:
-                budget = self._budget_of(is_flex=sequence.is_flex)
-                budget.observe_first_token(now - sequence.arrived_s)
-            if sequence.chain is not None:
-                sequence.chain.append(token_id)
-            reason = sequence.finish_reason(token_id)
-            tokens.append(
-                SequenceToken(sequence.spec.sequence_id, token_id, reason, sequence.num_cached_tokens)
-            )
-            if reason is not None:
-                self._state.meter.finish(sequence.spec.tenant, sequence.num_generated)
-                self._state.retire(sequence)
-        return tokens
-
-    def _commit_training(self, made: InFlight) -> list[Outcome]:
-        training = self._state.training
-        alive = [pack for pack in made.forwarded if pack.status is not PackStatus.REMOVED]
-        outcomes: list[Outcome] = [PackForwarded(pack.spec.pack_id) for pack in alive]
-        for pack in made.done:
-            if pack.status is not PackStatus.REMOVED:
-                training.committed(pack)
-                outcomes.append(PackDone(pack.spec.pack_id))
-        for job in made.stepped:
-            if training.jobs.get(job.job_id) is job:
-                job.step_is_closed = job.step_is_planned = False
-                outcomes.append(StepDone(job.job_id))
-        return outcomes
+        return made.draft.finish(made.plan.memory, made.plan.budget_s, made.plan.expired)
 
     def _committed_before(self, iteration: int) -> int:
         """The last iteration up to which all are committed (empty plans count as committed)."""
@@ -464,16 +353,6 @@ class Scheduler:
         return self._state.training.num_packs
 
     @property
-    def num_jobs(self) -> int:
-        """Jobs with a training adapter."""
-        return len(self._state.training.jobs)
-
-    @property
-    def num_in_flight(self) -> int:
-        """Plans made and not committed."""
-        return len(self._in_flight)
-
-    @property
     def num_blocks_held(self) -> int:
         """KV blocks of running requests and packs."""
         return self._state.blocks.num_held
@@ -489,9 +368,24 @@ class Scheduler:
         return self._state.num_prefix_hits
 
     @property
+    def budget(self) -> BudgetController:
+        """The latency budget of the default class."""
+        return self._budgets.default
+
+    @property
+    def flex_budget(self) -> BudgetController:
+        """The latency budget while there are flex requests alone."""
+        return self._budgets.flex
+
+    @property
     def budget_s(self) -> float:
         """The budget of an iteration with decodes, now."""
         return self.budget.decode_budget_s
+
+    @property
+    def service_s(self) -> Mapping[str, float]:
+        """Seconds of iterations charged to each tenant so far, inference and finetuning together."""
+        return self._ledger.service_s
 
     @property
     def kv_usage(self) -> float:
@@ -506,7 +400,7 @@ class Scheduler:
     @property
     def num_adapters_pinned(self) -> int:
         """Pinned adapters that are on the device or being copied there."""
-        return sum(entry.slot is not None for entry in list(self._state.residency.pinned.values()))
+        return sum(entry.slot is not None for entry in list(self._state.residency.pins.granted.values()))
 
     @property
     def arena_usage(self) -> float:

@@ -263,15 +263,12 @@ class TrainingQueue:
         """Tokens of the pack's next forward window, if the budget does not cut it shorter."""
         return min(self.window_tokens, pack.spec.num_tokens - pack.num_forwarded)
 
-    def forwarded(self, pack: Pack, num_tokens: int) -> bool:
-        """The pack's next tokens are planned; returns whether that completes its first forward."""
+    def forwarded(self, pack: Pack, num_tokens: int) -> None:
+        """The pack's next tokens are planned."""
         pack.num_forwarded += num_tokens
-        if pack.num_forwarded < pack.spec.num_tokens:
-            return False
-        pack.status = PackStatus.READY
-        is_first = not pack.has_loss
-        pack.has_loss = True
-        return is_first
+        if pack.num_forwarded >= pack.spec.num_tokens:
+            pack.status = PackStatus.READY
+            pack.has_loss = True
 
     def next_wave(self, may_join: Callable[[Pack], bool] | None = None) -> Wave | None:
         """The active wave; if there is none, one of all ready packs (of those that `may_join`) which begin at

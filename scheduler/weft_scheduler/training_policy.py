@@ -214,23 +214,14 @@ def _add_windows(
 def _add_slices(
     state: SchedulerState, draft: PlanDraft, budget_s: float, is_in_turn: Callable[[Pack], bool]
 ) -> None:
+    """Slices of the wave, and of the next one. That is not begun while a job is at its optimizer step: with
+    the packs that then come it would be wider, so that jobs which are out of phase fall into step.
+    """
     stops = draft.stops_between_layers or draft.must_finish_layer
-    while state.training.wave is not None or not _wave_should_wait(state, draft, is_in_turn):
+    while state.training.wave is not None or not _step_is_in_flight(state):
         wave = state.training.next_wave(is_in_turn)
         if wave is None or (stops and wave.is_between_layers) or not _add_slice(state, draft, wave, budget_s):
             return
-
-
-def _wave_should_wait(state: SchedulerState, draft: PlanDraft, is_in_turn: Callable[[Pack], bool]) -> bool:
-    """Whether the next wave would soon be wider, so that jobs which are out of phase fall into step.
-
-    It would if packs are being forwarded in this plan, or a job is at its optimizer step: more packs come.
-    """
-    if _step_is_in_flight(state):
-        return True
-    packs = filter(is_in_turn, state.training.alive)
-    is_forwarding = any(pack.status is PackStatus.FORWARDING for pack in packs)
-    return is_forwarding and draft.num_training_units > 0
 
 
 def _step_is_in_flight(state: SchedulerState) -> bool:

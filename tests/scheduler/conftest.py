@@ -20,7 +20,6 @@ from weft_scheduler import (
     LatencyTargets,
     Limits,
     PackDone,
-    PackForwarded,
     PackSpec,
     PrefixSpec,
     RequestSpec,
@@ -104,7 +103,7 @@ class SimulatedEngine:
         self.num_cuts = 0
         self.adapter_elements: dict[str, int] = {}
         self.scheduler = Scheduler(limits, CostModel(), targets, **options)
-        self.now = 0.0
+        self.now = self.charged_s = 0.0
         self.flights: deque[Flight] = deque()
         self.requests: dict[str, Request] = {}
         self.packs: dict[str, PackRecord] = {}
@@ -398,6 +397,8 @@ class SimulatedEngine:
                 self.lose(name)
         elapsed_s = max(plan.predicted_s * self.random.uniform(1 - self.noise, 1 + self.noise), 1e-4)
         self.now += elapsed_s
+        if plan.forward or flight.num_slices or flight.num_steps:
+            self.charged_s += elapsed_s
         sampled = {s.sequence_id: self.next_token(s) for s in plan.forward if s.samples}
         result = StepResult(sampled, elapsed_s, flight.num_slices, flight.num_steps)
         outcomes = self.scheduler.commit(plan, result, self.now)
@@ -426,8 +427,6 @@ class SimulatedEngine:
                 request.first_token_s = self.now
             if outcome.finish_reason is not None:
                 request.finished_s = self.now
-        elif isinstance(outcome, PackForwarded):
-            assert self.packs[outcome.pack_id].has_loss
         elif isinstance(outcome, PackDone):
             record = self.packs[outcome.pack_id]
             assert len(record.slices) == record.num_windows * self.limits.num_layers

@@ -183,3 +183,47 @@ def test_a_plan_looks_at_few_adapters_however_many_are_waited_for(
             scheduler.adapter_loaded(load.adapter)
     assert scheduler.num_running == 16
     assert calls_of_a_plan(scheduler) < 1000
+
+
+def waits_by_tenant(
+    make_engine: Callable[..., Any],
+    request_spec: Callable[..., Any],
+    tenant_of: Callable[[int], str],
+    num_requests: int = 2000,
+) -> dict[str, list[float]]:
+    """Seconds to the first token, in order, where more is asked for than can be served: 200 requests a
+    second, of 40 tokens, for 300 adapters through room for 32."""
+    engine = make_engine(3, **ROOMY, **arena_for(32), latency=lambda: 0.005)
+    rng, weights, due_s = random.Random(3), power_law(300), 0.0
+    for idx in range(num_requests):
+        due_s += rng.expovariate(200.0)
+        while engine.now < due_s and engine.scheduler.has_work():
+            engine.step()
+        engine.now = max(engine.now, due_s)
+        adapter = rng.choices(range(300), cum_weights=weights)[0]
+        name = f"a{adapter}"
+        engine.request(request_spec(f"r{idx}", tenant=tenant_of(adapter), adapter=name, max_new_tokens=40))
+    engine.run()
+    waits: dict[str, list[float]] = {}
+    for request in engine.requests.values():
+        waits.setdefault(request.spec.tenant, []).append(request.first_token_s - request.arrival_s)
+    return {tenant: sorted(own) for tenant, own in waits.items()}
+
+
+def p99(waits: list[float]) -> float:
+    return sorted(waits)[int(0.99 * len(waits))]
+
+
+def test_beyond_capacity_those_who_ask_for_more_than_their_share_wait_and_not_the_others(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+) -> None:
+    """Against one queue for all. Adapters are asked for by a power law, so tenant 0 asks for most by far."""
+    (together,) = waits_by_tenant(make_engine, request_spec, lambda _adapter: "all").values()
+    apart = waits_by_tenant(make_engine, request_spec, lambda adapter: f"t{adapter % 10}")
+    most, *others = sorted(apart.values(), key=len, reverse=True)
+    assert len(most) > 1.5 * 2000 / 10, "it asks for half as much again as its share"
+    assert p99(most) > p99(together)
+    for waits in others[len(others) // 2 :]:
+        assert p99(waits) < p99(together)
+    for waits in others:
+        assert p99(waits) < 1.1 * p99(together)

@@ -115,7 +115,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             ):
                 self.residency.try_reserve(entry, lambda key: len(self.users.get(key, ())))
         actions = self.residency.take_actions()
-        protected = set(self.residency.pinned) & self.settled
+        protected = set(self.residency.pins.granted) & self.settled
         for key, slot in actions.evictions:
             assert self.slots[slot] == key
             assert key not in protected, "a pinned adapter in its place is evicted"
@@ -462,9 +462,9 @@ def test_a_pin_without_a_slot_waits_until_another_is_unpinned() -> None:
     residency = Residency(8, 16 * UNIT, 0.25, pinned_share=0.25)
     for key in "abc":
         residency.pin(key)
-    assert list(residency.pinned) == ["a", "b"]
+    assert list(residency.pins.granted) == ["a", "b"]
     residency.unpin("a")
-    assert list(residency.pinned) == ["b", "c"]
+    assert list(residency.pins.granted) == ["b", "c"]
     assert "a" not in residency.entries
     residency.unpin("c")
     residency.unpin("b")

@@ -150,6 +150,7 @@ def test_random_work_all_ends_and_reads_only_its_own_memory(
     rng = random.Random(seed)
     engine = make_engine(seed, **random_setting(rng))
     drive(engine, rng, rng.randint(10, 200), rng.choice((0, 1, 3, 12)))
+    assert sum(engine.scheduler.service_s.values()) == pytest.approx(engine.charged_s)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -160,6 +161,7 @@ def test_slices_that_an_arrival_cuts_off_run_later_once(make_engine: Callable[..
     setting = random_setting(rng) | {"max_inflight": 1, "cut_rate": rng.choice((0.1, 0.5, 0.9))}
     engine = make_engine(seed, **setting)
     drive(engine, rng, rng.randint(10, 200), rng.choice((0, 1, 3)))
+    assert sum(engine.scheduler.service_s.values()) == pytest.approx(engine.charged_s)
 
 
 def plans_of(make_engine: Callable[..., Any], seed: int, with_cache: bool) -> list[Any]:

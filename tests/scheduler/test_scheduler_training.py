@@ -33,6 +33,24 @@ def test_a_step_runs_forward_then_backward_then_the_optimizer(
     assert sum(len(plan.optimizer_steps) for plan in engine.plans) == 1
 
 
+def test_a_wave_uses_what_the_budget_leaves_while_other_packs_are_forwarded(
+    make_engine: Callable[..., Any],
+) -> None:
+    """The rows of a plan end before the second pack does; time is left."""
+    engine = make_engine()
+    for job in ("a", "b"):
+        engine.add_job(job, 64)
+    while any(engine.scheduler.adapter_slot(f"job:{job}") is None for job in ("a", "b")):
+        engine.step()
+    engine.add_step("a", "a", [8])
+    engine.add_step("b", "b", [72])
+    plan = engine.step()
+    assert plan.num_forward_tokens == engine.limits.max_batch_tokens == 64
+    assert {part.pack_ids for part in plan.backward} == {("a/0/0",)}
+    engine.run()
+    assert all(record.is_done for record in engine.packs.values())
+
+
 def test_packs_of_several_jobs_descend_in_one_wave(make_engine: Callable[..., Any]) -> None:
     engine = make_engine()
     for job in ("a", "b"):

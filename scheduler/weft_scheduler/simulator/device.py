@@ -7,9 +7,12 @@ the scheduler believes.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 
-from weft_scheduler.plan import SegmentKind, StepPlan
+from weft_scheduler.plan import BackwardSlice, SegmentKind, StepPlan
 from weft_scheduler.simulator.device_model import DeviceModel, Work
 from weft_scheduler.training import PackSpec
 
@@ -56,16 +59,37 @@ class SimulatedDevice:
         """Forget a pack."""
         self._packs.pop(pack_id, None)
 
-    def run(self, plan: StepPlan, stepped_elements: int) -> tuple[dict[str, int], float, Work]:
-        """The sampled tokens, the seconds and the work of a plan."""
-        work = Work(stepped_elements=stepped_elements, optimizer_steps=len(plan.optimizer_steps))
-        sampled = self._forward(plan, work)
-        self._backward(plan, work)
-        work.moved_elements = sum(move.num_elements for move in plan.memory.adapter_moves)
-        seconds = self._model.seconds(work)
+    def run(
+        self, plan: StepPlan, stepped_elements: int, stop_s: float | None = None
+    ) -> tuple[dict[str, int], float, Work]:
+        """The sampled tokens, the seconds and the work of a plan, or of as much of it as runs.
+
+        With `stop_s`, the slice that is under way so many seconds after the start is the last, and no
+        optimizer step follows.
+        """
+        forward = Work(moved_elements=sum(move.num_elements for move in plan.memory.adapter_moves))
+        sampled = self._forward(plan, forward)
+        noise = 1.0
         if self._noise:
-            seconds *= math.exp(self._random.gauss(-0.5 * self._noise**2, self._noise))
-        return sampled, seconds, work
+            noise = math.exp(self._random.gauss(-0.5 * self._noise**2, self._noise))
+
+        def with_slices(num_slices: int) -> Work:
+            work = replace(forward)
+            self._backward(plan.backward[:num_slices], work)
+            return work
+
+        def seconds_of(work: Work) -> float:
+            return noise * self._model.seconds(work)
+
+        num_slices = len(plan.backward)
+        work = with_slices(num_slices)
+        work.stepped_elements, work.optimizer_steps = stepped_elements, len(plan.optimizer_steps)
+        if stop_s is not None and num_slices > 1 and seconds_of(work) > stop_s:
+            num_run = 1 + bisect_left(
+                range(1, num_slices), stop_s, key=lambda num: seconds_of(with_slices(num))
+            )
+            work = with_slices(num_run) if num_run < num_slices else work
+        return sampled, seconds_of(work), work
 
     def _forward(self, plan: StepPlan, work: Work) -> dict[str, int]:
         sampled: dict[str, int] = {}
@@ -102,9 +126,9 @@ class SimulatedDevice:
         work.adapter_elements = sum(self._elements_by_slot[slot] for slot in slots if slot is not None)
         return sampled
 
-    def _backward(self, plan: StepPlan, work: Work) -> None:
+    def _backward(self, slices: Sequence[BackwardSlice], work: Work) -> None:
         adapters: dict[str, int] = {}
-        for part in plan.backward:
+        for part in slices:
             start = part.window * self._window_tokens
             for pack_id in part.pack_ids:
                 spec, elements = self._packs[pack_id]
@@ -112,7 +136,7 @@ class SimulatedDevice:
                 work.backward_token_layers += num_tokens
                 work.backward_products += num_tokens * (start + num_tokens)
                 adapters[spec.adapter] = elements
-        work.num_backward_slices = len(plan.backward)
-        work.num_backward_layers = len({(part.wave_id, part.layer) for part in plan.backward})
+        work.num_backward_slices = len(slices)
+        work.num_backward_layers = len({(part.wave_id, part.layer) for part in slices})
         work.num_adapters += len(adapters)
         work.adapter_elements += sum(adapters.values())

@@ -81,7 +81,10 @@ class SimulationStuck(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class _Flight:
+    """A plan, and it again with those backward slices and optimizer steps alone that have run."""
+
     plan: StepPlan
+    ran: StepPlan
     sampled: dict[str, int]
     seconds: float
     finish_s: float
@@ -210,14 +213,26 @@ class Simulation:
             return
         self._num_empty = 0
         stepped = sum(self._setup.job_elements[job_id] for job_id in plan.optimizer_steps)
-        sampled, seconds, _ = self._device.run(plan, stepped)
         start_s = max(self._now, self._device_free_s)
+        sampled, seconds, work = self._device.run(plan, stepped, self._stop_s(start_s))
         self._device_free_s = start_s + seconds
-        self._timeline.record(plan, start_s, self._device_free_s, self._tenant_of, self._pack_tokens)
-        self._flights.append(_Flight(plan, sampled, seconds, self._device_free_s))
+        ran = plan
+        if work.num_backward_slices < len(plan.backward):
+            ran = replace(plan, backward=plan.backward[: work.num_backward_slices], optimizer_steps=())
+        self._timeline.record(ran, start_s, self._device_free_s, self._tenant_of, self._pack_tokens)
+        self._flights.append(_Flight(plan, ran, sampled, seconds, self._device_free_s))
         self._recorder.iteration(seconds, self._scheduler.kv_usage)
         while len(self._flights) >= self._scheduler.limits.max_inflight:
             self._commit()
+
+    def _stop_s(self, start_s: float) -> float | None:
+        """After how many seconds an iteration that starts then gives way to an arrival.
+
+        As in the engine, only where no later plan counts on what it does.
+        """
+        if self._scheduler.limits.max_inflight > 1 or not self._arrivals:
+            return None
+        return self._arrivals[0][1].arrival_s - start_s
 
     def _wait(self, duration_s: float | None) -> None:
         """Nothing to run: commit what runs, or let time pass until something happens."""
@@ -297,8 +312,9 @@ class Simulation:
     def _commit(self) -> None:
         flight = self._flights.popleft()
         self._now = max(self._now, flight.finish_s)
-        result = StepResult(flight.sampled, flight.seconds)
-        self._count_backward(flight.plan)
+        num_run = len(flight.ran.backward), len(flight.ran.optimizer_steps)
+        result = StepResult(flight.sampled, flight.seconds, *num_run)
+        self._count_backward(flight.ran)
         got_token: list[str] = []
         for outcome in self._scheduler.commit(flight.plan, result, self._now):
             if isinstance(outcome, SequenceToken):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -214,6 +215,22 @@ def test_the_timeline_holds_every_token_of_its_window(make_trace: Traces, make_s
     assert empty == []
 
 
+def test_an_arrival_ends_the_backward_of_an_iteration(
+    make_setup: Setups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where plans are made one by one; what has not run is trained later."""
+    trace = tuple(TraceRequest(1.0 + 0.61 * idx, 8, 1) for idx in range(20))
+    setup = make_setup(num_jobs=1, limits={"max_inflight": 1, "window_tokens": 256})
+    stopping = simulate(trace, setup).report
+    monkeypatch.setattr(Simulation, "_stop_s", lambda *_: None)
+    patient = simulate(trace, setup).report
+    assert stopping.num_finished == patient.num_finished == 20
+    assert stopping.ttft.p95 is not None
+    assert patient.ttft.p95 is not None
+    assert stopping.ttft.p95 < 0.8 * patient.ttft.p95
+    assert stopping.trained_per_s > 0.95 * patient.trained_per_s
+
+
 def test_packs_hold_examples_in_order_up_to_their_size() -> None:
     assert pack_lengths([300, 300, 500, 100, 900], 1000) == [600, 600, 900]
     assert pack_lengths([2000, 10], 1000) == [2000, 10]
@@ -246,16 +263,18 @@ def test_a_request_attains_only_with_both_targets_and_its_end() -> None:
     assert not record.attains(Slo(0.0625, 1.0))
 
 
+@pytest.mark.parametrize("max_inflight", [1, 2])
 def test_the_scheduler_counts_the_work_that_the_device_finds_in_its_plans(
-    make_trace: Traces, make_setup: Setups, monkeypatch: pytest.MonkeyPatch
+    max_inflight: int, make_trace: Traces, make_setup: Setups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With one plan at a time arrivals end some of them: then what has run is counted."""
     found, believed = [], []
     run, observe = SimulatedDevice.run, CostModel.observe
 
     def recording_run(
-        self: SimulatedDevice, plan: StepPlan, stepped_elements: int
+        self: SimulatedDevice, plan: StepPlan, *rest: Any
     ) -> tuple[dict[str, int], float, Work]:
-        result = run(self, plan, stepped_elements)
+        result = run(self, plan, *rest)
         found.append([getattr(result[2], name) for name in COUNTED_ALIKE])
         return result
 
@@ -265,7 +284,7 @@ def test_the_scheduler_counts_the_work_that_the_device_finds_in_its_plans(
 
     monkeypatch.setattr(SimulatedDevice, "run", recording_run)
     monkeypatch.setattr(CostModel, "observe", recording_observe)
-    simulate(make_trace(40, 8.0), make_setup(num_jobs=2))
+    simulate(make_trace(40, 8.0), make_setup(num_jobs=2, limits={"max_inflight": max_inflight}))
     assert sorted(found) == sorted(believed)
     for name in ("num_loss_windows", "num_backward_layers"):
         counts = {row[COUNTED_ALIKE.index(name)] for row in found}
