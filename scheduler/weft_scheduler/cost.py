@@ -30,7 +30,7 @@ KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 _SIZE = len(KNOTS) + len(LINEAR_NAMES)
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
-_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12, 50e-6, 50e-6)
+_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 1.2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12, 50e-6, 50e-6, 0.8e-6)
 _PRIOR_OBSERVATIONS = 32.0
 _NOMINAL_SHARE = 1e-3
 _PRIOR_FADING = 0.97
@@ -84,7 +84,7 @@ class CostModel:
     def predict(self, features: PlanFeatures) -> float:
         """Seconds that an iteration with these features takes."""
         f = features
-        kv, products, sequences, loss, backward, slices, adapters, steps, elements, heads, layers = (
+        kv, products, sequences, loss, backward, slices, adapters, steps, elements, heads, layers, again = (
             self._weights
         )
         return (
@@ -100,6 +100,7 @@ class CostModel:
             + elements * f.adapter_elements
             + heads * f.num_loss_windows
             + layers * f.num_backward_layers
+            + again * f.recomputed_token_layers
         )
 
     def decode_s(self, context: int) -> float:
@@ -113,10 +114,13 @@ class CostModel:
         loss_s = w[3] * loss_tokens + w[9] if loss_tokens else 0.0
         return self._curve(num_tokens) + keys_s + loss_s
 
-    def backward_s(self, token_layers: int, num_slices: float, num_layers: float) -> float:
+    def backward_s(
+        self, token_layers: int, num_slices: float, num_layers: float, recomputed_token_layers: int
+    ) -> float:
         """Seconds of backward slices over so many tokens times layers, which go through `num_layers`."""
         w = self._weights
-        return w[4] * token_layers + w[5] * num_slices + w[10] * num_layers
+        products_s = w[4] * token_layers + w[11] * recomputed_token_layers
+        return products_s + w[5] * num_slices + w[10] * num_layers
 
     def adapter_s(self, num_elements: int) -> float:
         """Seconds of one adapter in a batch, whatever number of tokens uses it."""

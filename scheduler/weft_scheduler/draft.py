@@ -32,6 +32,7 @@ class PlannedSlice(NamedTuple):
     adapter_slots: tuple[int, ...]
     num_tokens: int
     num_layers: int
+    is_recomputed: bool
     prices: list[tuple[str, float]]
 
 
@@ -179,6 +180,7 @@ class PlanDraft:
                 adapter_slot,
                 blocks,
                 with_loss=not pack.has_loss,
+                keeps_activations=pack.keeps_activations,
             )
         )
         pack.last_planned = self.iteration
@@ -200,27 +202,31 @@ class PlanDraft:
         tokens = training.slice_tokens(wave)
         last = self.backward[-1] if self.backward else None
         num_layers = int(last is None or (last.wave_id, last.layer) != (wave.wave_id, wave.layer))
+        again = not wave.keeps_activations
         new = self._count_adapters(adapter_slots)
-        _count_slice(self.tally, tokens, num_layers)
+        _count_slice(self.tally, tokens, num_layers, again)
         if self.predicted_s > budget_s:
-            _count_slice(self.tally, tokens, num_layers, sign=-1)
+            _count_slice(self.tally, tokens, num_layers, again, sign=-1)
             self._uncount_adapters(new)
             return False
         members = wave.members()
         if len(members) == 1:
-            prices = [(members[0].spec.tenant, self.cost.backward_s(tokens, 1.0, num_layers))]
+            price_s = self.cost.backward_s(tokens, 1.0, num_layers, tokens * again)
+            prices = [(members[0].spec.tenant, price_s)]
         else:
             share = 1 / len(members)
             own = [(pack.spec.tenant, training.window_range(pack, wave.window)[1]) for pack in members]
-            prices = [(name, self.cost.backward_s(n, share, num_layers * share)) for name, n in own]
+            prices = [
+                (name, self.cost.backward_s(n, share, num_layers * share, n * again)) for name, n in own
+            ]
         for tenant, price_s in prices:
             self.training.add(tenant, price_s)
         for pack, slot in zip(members, adapter_slots, strict=True):
             self._charge_adapter(pack.spec.tenant, slot)
-        _count_slice(self.training_tally, tokens, num_layers)
+        _count_slice(self.training_tally, tokens, num_layers, again)
         part, done = training.sliced(wave, self.iteration)
         self.backward.append(part)
-        self.slices.append(PlannedSlice(wave, adapter_slots, tokens, num_layers, prices))
+        self.slices.append(PlannedSlice(wave, adapter_slots, tokens, num_layers, again, prices))
         self.done.extend(done)
         self.num_training_units += 1
         return True
@@ -237,7 +243,7 @@ class PlanDraft:
         self.num_training_units -= len(slices) + len(steps)
         for tally in (self.tally, self.training_tally):
             for each in slices:
-                _count_slice(tally, each.num_tokens, each.num_layers, sign=-1)
+                _count_slice(tally, each.num_tokens, each.num_layers, each.is_recomputed, sign=-1)
             tally.optimizer_steps -= len(steps)
         for each in slices:
             for tenant, price_s in each.prices:
@@ -387,8 +393,11 @@ def _count_loss(tally: PlanFeatures, loss_share: float, num_tokens: int, sign: i
     return loss_tokens
 
 
-def _count_slice(tally: PlanFeatures, num_tokens: int, num_layers: int, sign: int = 1) -> None:
+def _count_slice(
+    tally: PlanFeatures, num_tokens: int, num_layers: int, is_recomputed: bool, sign: int = 1
+) -> None:
     """Add a backward slice; `num_layers` is 1 if it is the plan's first of its wave in its layer, or 0."""
     tally.backward_token_layers += sign * num_tokens
+    tally.recomputed_token_layers += sign * num_tokens * is_recomputed
     tally.num_backward_slices += sign
     tally.num_backward_layers += sign * num_layers

@@ -14,10 +14,11 @@ class PlanFeatures:
 
     `kv_tokens_read` sums the context of every segment, `attention_products` tokens · context of the segments
     longer than one token; `num_sequences` counts segments that sample, `loss_tokens` rows of the loss head,
-    `backward_token_layers` tokens times layers of all backward slices, `num_adapters` distinct adapters and
-    `adapter_elements` their elements (so ranks count). `num_loss_windows` counts segments with a loss, each a
-    pass over the head's weights, and `num_backward_layers` the layers that each wave goes through: slices of
-    neighbouring windows run as one, so that its weights are read about once.
+    `backward_token_layers` tokens times layers of all backward slices, `recomputed_token_layers` those of
+    them whose activations were not kept, `num_adapters` distinct adapters and `adapter_elements` their
+    elements (so ranks count). `num_loss_windows` counts segments with a loss, each a pass over the head's
+    weights, and `num_backward_layers` the layers that each wave goes through: slices of neighbouring windows
+    run as one, so that its weights are read about once.
     """
 
     forward_tokens: int = 0
@@ -32,6 +33,7 @@ class PlanFeatures:
     adapter_elements: int = 0
     num_loss_windows: int = 0
     num_backward_layers: int = 0
+    recomputed_token_layers: int = 0
 
     @property
     def linear(self) -> tuple[int, ...]:
@@ -48,6 +50,7 @@ class PlanFeatures:
             self.adapter_elements,
             self.num_loss_windows,
             self.num_backward_layers,
+            self.recomputed_token_layers,
         )
 
     @property
@@ -79,5 +82,6 @@ LINEAR_NAMES = (
     "adapter_elements",
     "num_loss_windows",
     "num_backward_layers",
+    "recomputed_token_layers",
 )
 """The features that a time depends on linearly."""

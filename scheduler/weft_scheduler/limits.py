@@ -18,7 +18,8 @@ class Limits:
     `training_adapter_share` and pinned ones at most `pinned_adapter_share`.
 
     Packs alive at once (admitted, backward not finished) hold at most `max_train_tokens` tokens; they are
-    forwarded in windows of `window_tokens`.
+    forwarded in windows of `window_tokens`. Those of them that keep their activations, so that the backward
+    need not recompute them, hold at most `max_kept_tokens`.
 
     `max_inflight` plans may be uncommitted at a time: 1 is synchronous, 2 makes the next plan while one runs.
     A request that has waited `max_wait_s` for room for its adapter, and a pack that has waited
@@ -36,6 +37,7 @@ class Limits:
     window_tokens: int
     num_layers: int
     max_train_tokens: int
+    max_kept_tokens: int = 0
     max_inflight: int = 1
     inference_reserve_blocks: int = 0
     training_adapter_share: float = 0.5
@@ -50,7 +52,8 @@ class Limits:
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
-        may_be_zero = {"num_adapter_slots", "arena_elements", "max_train_tokens", "inference_reserve_blocks"}
+        may_be_zero = {"num_adapter_slots", "arena_elements", "inference_reserve_blocks"}
+        may_be_zero |= {"max_train_tokens", "max_kept_tokens"}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_share"):

@@ -24,7 +24,8 @@ class Segment(NamedTuple):
     Tokens `[start, start + num_tokens)` are computed; keys and values of `[0, start)` are already cached in
     `block_ids`, which covers `[0, start + num_tokens)`. `samples` says that the last token's logits are
     sampled. For TRAIN segments `sequence_id` is the pack id; `with_loss` is False when a dropped pack is
-    forwarded again.
+    forwarded again, and `keeps_activations` says that the backward will read what the layers compute (else
+    it computes that once more).
     """
 
     sequence_id: str
@@ -35,6 +36,7 @@ class Segment(NamedTuple):
     block_ids: tuple[int, ...]
     samples: bool = False
     with_loss: bool = False
+    keeps_activations: bool = False
 
 
 class BackwardSlice(NamedTuple):

@@ -289,8 +289,11 @@ class SchedulerState:
     # ------------------------------------------------------------ packs
 
     def admit_pack(self, pack: Pack) -> None:
-        """Give a queued pack its blocks."""
-        self.training.admit(pack, self.blocks.allocate(self.limits.num_blocks_for(pack.spec.num_tokens)))
+        """Give a queued pack its blocks, and room for its activations if there is any."""
+        training, num_tokens = self.training, pack.spec.num_tokens
+        keeps = training.kept_tokens + num_tokens <= self.limits.max_kept_tokens
+        block_ids = self.blocks.allocate(self.limits.num_blocks_for(num_tokens))
+        training.admit(pack, block_ids, keeps_activations=keeps)
 
     def drop_pack(self, pack: Pack, draft: PlanDraft) -> None:
         """Take the blocks of a pack that is at a boundary."""
@@ -311,7 +314,10 @@ class SchedulerState:
         is_in_wave = wave is not None and pack.status is PackStatus.IN_WAVE
         num_layers = (wave.layer if is_in_wave and wave is not None else pack.cursor_layer) + 1
         num_slices = pack.num_windows * num_layers
-        return forward_s + cost.backward_s(spec.num_tokens * num_layers, num_slices, num_layers)
+        num_recomputed = (spec.num_tokens - pack.num_kept_tokens) * num_layers
+        return forward_s + cost.backward_s(
+            spec.num_tokens * num_layers, num_slices, num_layers, num_recomputed
+        )
 
     # ------------------------------------------------------------ invariants
 

@@ -16,6 +16,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from weft_scheduler.plan import BackwardSlice
 
@@ -51,9 +52,9 @@ class Pack:
     """The state of one pack, counting plans in flight: `num_forwarded` of its tokens have been forwarded.
 
     `order` is its place among the packs that have been given blocks; `cursor_layer` is the layer at which
-    its backward begins or goes on; `has_loss` says that all windows have
-    been forwarded with their loss; `is_protected` that it has waited so long that requests may not take its
-    blocks.
+    its backward begins or goes on; `has_loss` says that all windows have been forwarded with their loss,
+    `keeps_activations` that its backward need not recompute them; `is_protected` that it has waited so long
+    that requests may not take its blocks.
     """
 
     spec: PackSpec
@@ -63,10 +64,16 @@ class Pack:
     status: PackStatus = PackStatus.QUEUED
     num_forwarded: int = 0
     has_loss: bool = False
+    keeps_activations: bool = False
     is_protected: bool = False
     last_planned: int = 0
     order: int = 0
     block_ids: tuple[int, ...] = ()
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens whose activations it keeps."""
+        return self.spec.num_tokens if self.keeps_activations else 0
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +114,11 @@ class Wave:
     window: int
 
     @property
+    def keeps_activations(self) -> bool:
+        """Whether its packs do, all or none."""
+        return self.packs[0].keeps_activations
+
+    @property
     def num_windows(self) -> int:
         """Windows of its longest pack."""
         packs = self.packs
@@ -123,6 +135,19 @@ class Wave:
         return [pack for pack in self.packs if pack.num_windows > window]
 
 
+class _Retiring(NamedTuple):
+    """Activations of a pack that has left; free once iteration `fence` is committed."""
+
+    fence: int
+    num_tokens: int
+    num_kept_tokens: int
+
+    @staticmethod
+    def of(pack: Pack, fence: int) -> _Retiring:
+        """Those of `pack`."""
+        return _Retiring(fence, pack.spec.num_tokens, pack.num_kept_tokens)
+
+
 class TrainingQueue:
     """All jobs, their packs, and the active wave."""
 
@@ -134,10 +159,11 @@ class TrainingQueue:
         self.alive: list[Pack] = []
         self.wave: Wave | None = None
         self.alive_tokens = 0
+        self.kept_tokens = 0
         self._pack_ids: set[str] = set()
         self._num_waves = 0
         self._num_admitted = 0
-        self._retiring: list[tuple[int, int]] = []
+        self._retiring: list[_Retiring] = []
 
     # ------------------------------------------------------------ jobs and packs
 
@@ -189,15 +215,17 @@ class TrainingQueue:
             self._pack_ids.discard(pack.spec.pack_id)
         return job, holders
 
-    def admit(self, pack: Pack, block_ids: list[int]) -> None:
+    def admit(self, pack: Pack, block_ids: list[int], *, keeps_activations: bool = False) -> None:
         """Give a queued pack the blocks for all its tokens; its forward begins."""
         pack.block_ids = tuple(block_ids)
+        pack.keeps_activations = keeps_activations
         pack.status = PackStatus.FORWARDING
         pack.num_forwarded = 0
         self._num_admitted += 1
         pack.order = self._num_admitted
         self.alive.append(pack)
         self.alive_tokens += pack.spec.num_tokens
+        self.kept_tokens += pack.num_kept_tokens
 
     def drop(self, pack: Pack, now_s: float) -> tuple[int, ...]:
         """Take the blocks of an alive pack away; returns them.
@@ -234,8 +262,11 @@ class TrainingQueue:
     def release_retired(self, committed: int) -> None:
         """Count the activations of packs that left as free, once no plan in flight touches them."""
         if self._retiring:
-            self.alive_tokens -= sum(tokens for fence, tokens in self._retiring if fence <= committed)
-            self._retiring = [item for item in self._retiring if item[0] > committed]
+            for item in self._retiring:
+                if item.fence <= committed:
+                    self.alive_tokens -= item.num_tokens
+                    self.kept_tokens -= item.num_kept_tokens
+            self._retiring = [item for item in self._retiring if item.fence > committed]
 
     @property
     def num_packs(self) -> int:
@@ -272,15 +303,15 @@ class TrainingQueue:
 
     def next_wave(self, may_join: Callable[[Pack], bool] | None = None) -> Wave | None:
         """The active wave; if there is none, one of all ready packs (of those that `may_join`) which begin at
-        the layer of the oldest.
+        the layer of the oldest and keep their activations, or do not, as it does.
         """
         if self.wave is None:
             ready = [pack for pack in self.alive if pack.status is PackStatus.READY]
             if may_join is not None:
                 ready = list(filter(may_join, ready))
             if ready:
-                layer = ready[0].cursor_layer
-                packs = [pack for pack in ready if pack.cursor_layer == layer]
+                layer, keeps = ready[0].cursor_layer, ready[0].keeps_activations
+                packs = [p for p in ready if (p.cursor_layer, p.keeps_activations) == (layer, keeps)]
                 for pack in packs:
                     pack.status = PackStatus.IN_WAVE
                 self._num_waves += 1
@@ -332,7 +363,7 @@ class TrainingQueue:
                 continue
             for pack in wave.packs:
                 if pack.status is PackStatus.DONE:
-                    self._retiring.remove((iteration, pack.spec.num_tokens))
+                    self._retiring.remove(_Retiring.of(pack, iteration))
                     insort(self.alive, pack, key=lambda other: other.order)
                     revived.append(pack)
             is_current = wave.wave_id == part.wave_id
@@ -360,8 +391,12 @@ class TrainingQueue:
         assert all(bool(pack.block_ids) == (pack.status in holding) for pack in packs)
         in_wave = [pack for pack in packs if pack.status is PackStatus.IN_WAVE]
         assert {id(pack) for pack in in_wave} == {id(p) for p in (self.wave.packs if self.wave else [])}
-        retiring = sum(tokens for _, tokens in self._retiring)
-        assert self.alive_tokens == retiring + sum(pack.spec.num_tokens for pack in self.alive)
+        retiring = self._retiring
+        tokens = [item.num_tokens for item in retiring] + [pack.spec.num_tokens for pack in self.alive]
+        kept = [item.num_kept_tokens for item in retiring] + [pack.num_kept_tokens for pack in self.alive]
+        assert (self.alive_tokens, self.kept_tokens) == (sum(tokens), sum(kept))
+        if self.wave is not None:
+            assert len({pack.keeps_activations for pack in self.wave.packs}) == 1
         assert self._pack_ids == {pack.spec.pack_id for pack in packs}
         if self.wave is not None:
             assert 0 <= self.wave.layer < self.num_layers
@@ -369,7 +404,7 @@ class TrainingQueue:
 
     def _retire(self, pack: Pack, fence: int) -> None:
         self.alive.remove(pack)
-        self._retiring.append((fence, pack.spec.num_tokens))
+        self._retiring.append(_Retiring.of(pack, fence))
 
     def _leave_wave(self, pack: Pack) -> None:
         wave = self.wave

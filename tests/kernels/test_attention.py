@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from weft_kernels import attention
-from weft_kernels.attention import AttentionBatch, DecodeRow, KeyTarget, fused, make_chunk, reference
+from weft_kernels.attention import (
+    AttentionBatch,
+    DecodeRow,
+    KeyTarget,
+    SavedAttention,
+    fused,
+    make_chunk,
+    reference,
+)
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -55,6 +63,24 @@ KERNEL_PARAMETERS = [
     pytest.param("kernels-bf16", marks=pytest.mark.gpu),
     pytest.param("kernels-fp16", marks=pytest.mark.gpu),
 ]
+
+
+def windowed_attention(
+    ops: ModuleType,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> tuple[Tensor, SavedAttention]:
+    """The output, and what its backward needs."""
+    stats = torch.full(q.shape[:2], torch.nan, dtype=torch.float32, device=q.device)
+    out = ops.paged_attention(
+        q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window, stats=stats
+    )
+    return out, SavedAttention(q, k_cache, v_cache, batch, scale, sliding_window, out, stats)
 
 
 def kernels(name: str, device: torch.device) -> Implementation:
@@ -235,8 +261,8 @@ def test_gradients_are_those_of_autograd_and_are_added_to_the_accumulators(
 ) -> None:
     paged = Paged(GROUPED[heads], CHUNKS, implementation.dtype, implementation.device)
     batch, targets = paged.chunks(), paged.targets()
-    out, saved = implementation.ops.windowed_attention(
-        paged.q, paged.k_cache, paged.v_cache, batch, scale=SCALE, sliding_window=window
+    out, saved = windowed_attention(
+        implementation.ops, paged.q, paged.k_cache, paged.v_cache, batch, scale=SCALE, sliding_window=window
     )
     d_q = implementation.ops.attention_backward(paged.d_out, saved, targets)
     expected_out, expected_d_q, d_keys, d_values = paged.defined(window)
@@ -254,8 +280,8 @@ def test_gradients_are_the_same_every_time(implementation: Implementation) -> No
     results = []
     for _ in range(2):
         targets = paged.targets()
-        _, saved = implementation.ops.windowed_attention(
-            paged.q, paged.k_cache, paged.v_cache, paged.chunks(), scale=SCALE
+        _, saved = windowed_attention(
+            implementation.ops, paged.q, paged.k_cache, paged.v_cache, paged.chunks(), scale=SCALE
         )
         d_q = implementation.ops.attention_backward(paged.d_out, saved, targets)
         results.append([d_q, *(d for target in targets for d in (target.d_k, target.d_v))])
@@ -265,7 +291,7 @@ def test_gradients_are_the_same_every_time(implementation: Implementation) -> No
 def test_a_batch_without_rows_is_nothing(implementation: Implementation) -> None:
     paged = Paged(Heads(), [Span(1, 0, 1)], implementation.dtype, implementation.device)
     q, batch = paged.q[:0], AttentionBatch((), ())
-    out, saved = implementation.ops.windowed_attention(q, paged.k_cache, paged.v_cache, batch, scale=SCALE)
+    out, saved = windowed_attention(implementation.ops, q, paged.k_cache, paged.v_cache, batch, scale=SCALE)
     assert out.shape == q.shape
     assert implementation.ops.attention_backward(out, saved, []).shape == q.shape
 
@@ -323,8 +349,8 @@ def test_bf16_is_computed_in_fp32_where_the_library_has_no_bf16_products(
 ) -> None:
     monkeypatch.setattr(reference, "has_bf16_products", lambda: False)
     paged = Paged(Heads(), CHUNKS, torch.bfloat16, CPU)
-    out, saved = reference.windowed_attention(
-        paged.q, paged.k_cache, paged.v_cache, paged.chunks(), scale=SCALE
+    out, saved = windowed_attention(
+        reference, paged.q, paged.k_cache, paged.v_cache, paged.chunks(), scale=SCALE
     )
     targets = paged.targets()
     d_q = reference.attention_backward(paged.d_out, saved, targets)
@@ -361,14 +387,17 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
         attention.paged_attention(q, k.double(), v, batch, scale=SCALE)
     with pytest.raises(ValueError, match="do not fit a cache"):
         attention.paged_attention(q[:, :3], k, v, batch, scale=SCALE)
+    with pytest.raises(ValueError, match="statistics"):
+        attention.paged_attention(q, k, v, batch, scale=SCALE, stats=q[:, :, 0])
+    _, saved = windowed_attention(attention, q[:6], k, v, paged.decode(), scale=SCALE)
     with pytest.raises(ValueError, match="decode rows"):
-        attention.windowed_attention(q[:6], k, v, paged.decode(), scale=SCALE)
+        attention.attention_backward(q[:6], saved, [])
 
 
 def test_accumulators_that_do_not_fit_are_refused() -> None:
     paged = Paged(Heads(), CHUNKS, torch.float32, CPU)
-    _, saved = attention.windowed_attention(
-        paged.q, paged.k_cache, paged.v_cache, paged.chunks(), scale=SCALE
+    _, saved = windowed_attention(
+        attention, paged.q, paged.k_cache, paged.v_cache, paged.chunks(), scale=SCALE
     )
     targets = paged.targets()
     with pytest.raises(ValueError, match="targets for 6 chunks"):

@@ -189,7 +189,7 @@ def test_a_window_with_a_loss_and_a_new_layer_are_priced_with_their_fixed_parts(
     assert min(heads, layers) > 0.0
     rows_s = model.predict(PlanFeatures(loss_tokens=8))
     assert model.chunk_s(8, 64, 8) - model.chunk_s(8, 64) == pytest.approx(heads + rows_s)
-    assert model.backward_s(64, 1.0, 0.5) - model.backward_s(64, 1.0, 0.0) == pytest.approx(layers / 2)
+    assert model.backward_s(64, 1.0, 0.5, 0) - model.backward_s(64, 1.0, 0.0, 0) == pytest.approx(layers / 2)
 
 
 def test_a_spell_in_which_all_takes_longer_is_followed_within_a_few_iterations() -> None:
@@ -216,7 +216,7 @@ def test_a_slow_spell_scales_every_price_alike() -> None:
         return [
             model.decode_s(500),
             model.chunk_s(64, 640, loss_tokens=64),
-            model.backward_s(512, 1.0, 1.0),
+            model.backward_s(512, 1.0, 1.0, 256),
             model.adapter_s(1000),
             model.optimizer_step_s,
             model.predict(PlanFeatures(forward_tokens=700, kv_tokens_read=900, num_sequences=3)),

@@ -29,7 +29,6 @@ __all__ = [
     "attention_backward",
     "make_chunk",
     "paged_attention",
-    "windowed_attention",
 ]
 
 
@@ -41,6 +40,7 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """Attention of a flat batch over the cache; the batch's own keys must already be written.
 
@@ -50,6 +50,8 @@ def paged_attention(
         batch: which rows see which keys; its rows cover `[0, T)`.
         scale: factor of the scores.
         sliding_window: number of latest keys that a row sees (its own included); None means all.
+        stats: `[T, H]` fp32, contiguous; what `attention_backward` wants to know of the rows of chunks is
+            written here. Its meaning is the implementation's.
 
     Returns:
         `[T, H, D]` in the dtype of `q`.
@@ -57,55 +59,24 @@ def paged_attention(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    _check(q, k_cache, v_cache, batch)
+    _check(q, k_cache, v_cache, batch, stats)
     if _use_kernels(q, k_cache):
         from weft_kernels.attention import fused
 
-        return fused.paged_attention(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window)
-    return reference.paged_attention(q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window)
-
-
-def windowed_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-) -> tuple[Tensor, SavedAttention]:
-    """`paged_attention` of finetuning rows, to be differentiated by `attention_backward`.
-
-    Args:
-        batch: chunks alone, no decode rows.
-
-    Returns:
-        The output `[T, H, D]`, and what the backward needs: it keeps `q` and the output alive, and reads the
-        keys and values again, which must still be in the cache.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit, or decode rows.
-    """
-    _check(q, k_cache, v_cache, batch)
-    if batch.decode:
-        raise ValueError(f"{len(batch.decode)} decode rows in a batch that is to be differentiated")
-    if _use_kernels(q, k_cache):
-        from weft_kernels.attention import fused
-
-        return fused.windowed_attention(
-            q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window
+        return fused.paged_attention(
+            q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window, stats=stats
         )
-    return reference.windowed_attention(
-        q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window
+    return reference.paged_attention(
+        q, k_cache, v_cache, batch, scale=scale, sliding_window=sliding_window, stats=stats
     )
 
 
 def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyTarget]) -> Tensor:
-    """Vector-Jacobian product of `windowed_attention`, deterministic.
+    """Vector-Jacobian product of `paged_attention` of finetuning rows, deterministic.
 
     Args:
         d_out: cotangent of the output, `[T, H, D]` in its dtype.
-        saved: of the forward.
+        saved: of the forward; its keys and values must still be in the cache.
         targets: one for each chunk of the batch, in its order; what is there is added to. No two chunks of a
             batch may share accumulator rows.
 
@@ -113,7 +84,7 @@ def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[K
         Cotangent of the queries, `[T, H, D]`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, or decode rows.
     """
     _check_backward(d_out, saved, targets)
     if _use_kernels(saved.q, saved.k_cache):
@@ -128,7 +99,7 @@ def _use_kernels(q: Tensor, k_cache: Tensor) -> bool:
     return q.is_cuda and q.dtype != torch.float64 and group <= SMALL_TILE and q.shape[2] <= MAX_HEAD_DIM
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, stats: Tensor | None) -> None:
     if k_cache.shape != v_cache.shape or k_cache.dim() != 4:
         raise ValueError(
             f"key and value cache must both be [num_blocks, block_size, Hkv, D]; "
@@ -142,6 +113,12 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -
         raise ValueError(f"queries are {q.dtype}, the cache is {k_cache.dtype} and {v_cache.dtype}")
     if q.shape[0] != batch.num_rows:
         raise ValueError(f"{q.shape[0]} queries, but the batch has {batch.num_rows} rows")
+    if stats is not None and not _is_stats_of(q, stats):
+        raise ValueError(f"statistics {tuple(stats.shape)} {stats.dtype} are no contiguous fp32 [T, H]")
+
+
+def _is_stats_of(q: Tensor, stats: Tensor) -> bool:
+    return stats.shape == q.shape[:2] and stats.dtype == torch.float32 and stats.is_contiguous()
 
 
 def _check_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyTarget]) -> None:
@@ -149,6 +126,13 @@ def _check_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyT
         raise ValueError(
             f"the cotangent is {tuple(d_out.shape)} {d_out.dtype}, "
             f"the output {tuple(saved.out.shape)} {saved.out.dtype}"
+        )
+    if saved.batch.decode:
+        raise ValueError(f"{len(saved.batch.decode)} decode rows in a batch that is to be differentiated")
+    if saved.q.shape != saved.out.shape or not _is_stats_of(saved.q, saved.stats):
+        raise ValueError(
+            f"queries {tuple(saved.q.shape)}, output {tuple(saved.out.shape)} and statistics "
+            f"{tuple(saved.stats.shape)} do not belong together"
         )
     chunks = saved.batch.chunks
     if len(targets) != len(chunks):

@@ -42,34 +42,17 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
-    """Attention of a flat batch over cached keys and values; see `weft_kernels.attention.paged_attention`."""
+    """Attention of a flat batch over cached keys and values; `stats` are the log-sum-exps of the rows of
+    chunks. See `weft_kernels.attention.paged_attention`."""
     call = _Call.of(q, k_cache, v_cache, batch, scale, sliding_window)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if call.tables.decode is not None:
         call.decode(call.tables.decode, out)
     if call.tables.chunks is not None:
-        call.chunks(call.tables.chunks, out, None)
+        call.chunks(call.tables.chunks, out, stats)
     return out
-
-
-def windowed_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-) -> tuple[Tensor, SavedAttention]:
-    """The same, and the log-sum-exp of every row and head, `[T, H]` fp32; see
-    `weft_kernels.attention.windowed_attention`."""
-    call = _Call.of(q, k_cache, v_cache, batch, scale, sliding_window)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    if call.tables.chunks is not None:
-        call.chunks(call.tables.chunks, out, lse)
-    return out, SavedAttention(q, k_cache, v_cache, batch, scale, sliding_window, out, (lse,))
 
 
 def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyTarget]) -> Tensor:
@@ -80,10 +63,9 @@ def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[K
     """
     call = _Call.of(saved.q, saved.k_cache, saved.v_cache, saved.batch, saved.scale, saved.sliding_window)
     d_q = torch.empty(d_out.shape, dtype=d_out.dtype, device=d_out.device)
-    (lse,) = saved.stats
-    if call.tables.chunks is not None and lse is not None:
+    if call.tables.chunks is not None:
         addresses = _addresses(saved.batch, targets, d_out.device)
-        call.chunks_backward(call.tables.chunks, saved.out, d_out.contiguous(), lse, d_q, addresses)
+        call.chunks_backward(call.tables.chunks, saved.out, d_out.contiguous(), saved.stats, d_q, addresses)
     return d_q
 
 

@@ -36,24 +36,27 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """Attention of a flat batch over cached keys and values; see `weft_kernels.attention.paged_attention`.
-    Differentiable by autograd for fp32 and fp64."""
-    return _forward(q, k_cache, v_cache, batch, scale, sliding_window)[0]
-
-
-def windowed_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-) -> tuple[Tensor, SavedAttention]:
-    """The same, and what its backward needs; see `weft_kernels.attention.windowed_attention`."""
-    out, shifts = _forward(q, k_cache, v_cache, batch, scale, sliding_window)
-    return out, SavedAttention(q, k_cache, v_cache, batch, scale, sliding_window, out, tuple(shifts))
+    Differentiable by autograd for fp32 and fp64. `stats` are the shifts of the rows of chunks, where scores
+    are shifted."""
+    groups = _groups(q, k_cache, batch, sliding_window)
+    if len(groups) == 1 and groups[0].is_decode:
+        return _decode(groups[0], q, k_cache, v_cache, scale)
+    out, dtype = torch.empty_like(q), _inner_dtype(q.dtype)
+    for group in groups:
+        if group.is_decode:
+            out[group.rows] = _decode(group, q, k_cache, v_cache, scale)
+            continue
+        grouped = _Grouped(group, k_cache.shape[2])
+        q_rows, k = grouped.rows(q, dtype), grouped.keys(k_cache, dtype)
+        shift = _shift(grouped, q_rows, k, scale) if _shifts_scores(dtype) else None
+        if stats is not None and shift is not None:
+            grouped.put_rows(stats.unsqueeze(2), shift)
+        weights = _weights(grouped, q_rows, k, scale, shift)
+        grouped.put_rows(out, torch.bmm(weights, grouped.keys(v_cache, dtype)))
+    return out
 
 
 def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[KeyTarget]) -> Tensor:
@@ -64,12 +67,13 @@ def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[K
     num_kv_heads, head_dim = k_cache.shape[2:]
     dtype = _inner_dtype(q.dtype)
     d_q = torch.empty_like(q)
-    for group, shift in zip(groups, saved.stats, strict=True):
+    for group in groups:
         grouped = _Grouped(group, num_kv_heads)
         q_rows, out_rows = grouped.rows(q, dtype), grouped.rows(saved.out, dtype)
         d_out_rows = grouped.real_rows(d_out, dtype)
         k, v = grouped.keys(k_cache, dtype), grouped.keys(v_cache, dtype)
-        weights, _ = _weights(grouped, q_rows, k, scale, shift)
+        shift = grouped.rows(saved.stats.unsqueeze(2), dtype) if _shifts_scores(dtype) else None
+        weights = _weights(grouped, q_rows, k, scale, shift)
         # The backward of a softmax ignores shifts of a row too: near zero, less is lost by rounding.
         delta = (d_out_rows * out_rows).sum(-1, keepdim=True)
         d_weights = torch.baddbmm(delta, d_out_rows, v.transpose(1, 2), beta=-1)
@@ -80,30 +84,6 @@ def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[K
         shape = (group.num_tiles, num_kv_heads, group.num_keys, head_dim)
         _add_to_targets(group, d_k.view(shape), d_v.view(shape), targets)
     return d_q
-
-
-def _forward(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    batch: AttentionBatch,
-    scale: float,
-    sliding_window: int | None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    groups = _groups(q, k_cache, batch, sliding_window)
-    if len(groups) == 1 and groups[0].is_decode:
-        return _decode(groups[0], q, k_cache, v_cache, scale), []
-    out, shifts = torch.empty_like(q), []
-    for group in groups:
-        if group.is_decode:
-            out[group.rows] = _decode(group, q, k_cache, v_cache, scale)
-            continue
-        dtype, grouped = _inner_dtype(q.dtype), _Grouped(group, k_cache.shape[2])
-        k = grouped.keys(k_cache, dtype)
-        weights, shift = _weights(grouped, grouped.rows(q, dtype), k, scale, None)
-        grouped.put_rows(out, torch.bmm(weights, grouped.keys(v_cache, dtype)))
-        shifts.append(shift)
-    return out, shifts
 
 
 def _groups(
@@ -203,18 +183,20 @@ class _Grouped:
         return start.view(len(q), q.shape[1], -1).baddbmm_(q, keys, alpha=scale)
 
 
-def _weights(
-    grouped: _Grouped, q: Tensor, k: Tensor, scale: float, shift: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax of a group's scores, and for bf16 inputs the row maxima subtracted on the way (`shift`,
-    if given: to find them takes the scores once more)."""
-    keys = k.transpose(1, 2)
-    if shift is None and q.dtype not in (torch.float32, torch.float64):
-        shift = grouped.scores(q, keys, scale).amax(-1, keepdim=True)
-    scores = grouped.scores(q, keys, scale, shift)
-    if scores.requires_grad:
-        return scores.softmax(-1), shift
-    return torch.softmax(scores, -1, out=scores), shift
+def _shifts_scores(dtype: torch.dtype) -> bool:
+    """Whether products in this dtype round scores so much that they are shifted before."""
+    return dtype not in (torch.float32, torch.float64)
+
+
+def _shift(grouped: _Grouped, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Largest score of every row."""
+    return grouped.scores(q, k.transpose(1, 2), scale).amax(-1, keepdim=True)
+
+
+def _weights(grouped: _Grouped, q: Tensor, k: Tensor, scale: float, shift: Tensor | None) -> Tensor:
+    """Softmax of a group's scores less `shift`."""
+    scores = grouped.scores(q, k.transpose(1, 2), scale, shift)
+    return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:

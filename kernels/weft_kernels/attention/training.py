@@ -1,4 +1,4 @@
-"""What a windowed forward keeps for its backward, and where the backward's key gradients go."""
+"""What a forward of finetuning rows leaves to its backward, and where the backward's key gradients go."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ class KeyTarget(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SavedAttention:
-    """One windowed forward: its inputs and output, and statistics of its rows, whose meaning is the
-    implementation's that computed them."""
+    """A forward of finetuning rows: inputs, output `[T, H, D]`, and the `stats` `[T, H]` that it wrote.
+
+    The batch need not be the forward's: any chunks of the same rows over the same keys.
+    """
 
     q: Tensor
     k_cache: Tensor
@@ -31,4 +33,4 @@ class SavedAttention:
     scale: float
     sliding_window: int | None
     out: Tensor
-    stats: tuple[Tensor | None, ...]
+    stats: Tensor

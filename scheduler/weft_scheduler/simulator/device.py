@@ -41,6 +41,7 @@ class SimulatedDevice:
         self._noise = noise
         self._random = Random(f"noise/{seed}")
         self._packs: dict[str, tuple[PackSpec, int]] = {}
+        self._keeping: set[str] = set()
         self._left: dict[str, int] = {}
 
     def add_sequence(self, sequence_id: str, num_output_tokens: int) -> None:
@@ -58,6 +59,7 @@ class SimulatedDevice:
     def remove_pack(self, pack_id: str) -> None:
         """Forget a pack."""
         self._packs.pop(pack_id, None)
+        self._keeping.discard(pack_id)
 
     def run(
         self, plan: StepPlan, stepped_elements: int, stop_s: float | None = None
@@ -111,6 +113,7 @@ class SimulatedDevice:
             kv_tokens += end
             work.attention_products += segment.num_tokens * end
             if segment.kind is SegmentKind.TRAIN:
+                (self._keeping.add if segment.keeps_activations else self._keeping.discard)(name)
                 if segment.with_loss:
                     spec = self._packs[name][0]
                     work.num_loss_windows += 1
@@ -133,8 +136,12 @@ class SimulatedDevice:
             for pack_id in part.pack_ids:
                 spec, elements = self._packs[pack_id]
                 num_tokens = min(self._window_tokens, spec.num_tokens - start)
+                products = num_tokens * (start + num_tokens)
                 work.backward_token_layers += num_tokens
-                work.backward_products += num_tokens * (start + num_tokens)
+                work.backward_products += products
+                if pack_id not in self._keeping:
+                    work.recomputed_token_layers += num_tokens
+                    work.recomputed_products += products
                 adapters[spec.adapter] = elements
         work.num_backward_slices = len(slices)
         work.num_backward_layers = len({(part.wave_id, part.layer) for part in slices})

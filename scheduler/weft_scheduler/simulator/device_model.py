@@ -1,7 +1,8 @@
 """How long the simulated device takes for what a plan computes: a roofline, or a model fitted on a real one.
 
     forward  = max(weights / bandwidth + keys and values / bandwidth, products / rate) + attention + head
-    slice    = max(a layer's weights twice / bandwidth, products / rate) + attention
+    slice    = max(a layer's weights / bandwidth, products / rate) + attention: once, and once more what it
+               recomputes; what it does not is written and read
     no faster than its kernels can be started, plus a constant for every iteration
 
 This is the *true* time of the simulation. What the scheduler believes is fitted from it, as on a real device.
@@ -31,12 +32,13 @@ RECOMPUTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 class Work(PlanFeatures):
     """What one plan computes, and what the device alone needs to know of it.
 
-    `backward_products` sums tokens · context over backward slices (per layer), `stepped_elements` the
-    elements of adapters whose optimizer step runs, `moved_elements` those of adapters that change their place
-    in the arena.
+    `backward_products` sums tokens · context over backward slices (per layer), `recomputed_products` over
+    those that recompute; `stepped_elements` the elements of adapters whose optimizer step runs,
+    `moved_elements` those of adapters that change their place in the arena.
     """
 
     backward_products: int = 0
+    recomputed_products: int = 0
     stepped_elements: int = 0
     moved_elements: int = 0
 
@@ -65,8 +67,10 @@ class Roofline:
         self._head_s = shape.head_weights * DENSE_BYTES / self.bytes_per_s
         self._head_row_s = 2.0 * shape.head_weights / self.flops_per_s
         recomputed = sum(a * b for name, (a, b) in shape.modules.items() if name in RECOMPUTED_MODULES)
-        self._slice_row_s = 2.0 * (recomputed + shape.layer_weights) / self.flops_per_s
-        self._slice_weights_s = 2.0 * self._dense_s / shape.num_layers
+        self._slice_row_s = 2.0 * shape.layer_weights / self.flops_per_s
+        self._recomputed_row_s = 2.0 * recomputed / self.flops_per_s
+        self._slice_weights_s = self._dense_s / shape.num_layers
+        self._kept_row_s = 2.0 * shape.activation_bytes_per_token / shape.num_layers / self.bytes_per_s
 
     def _dense_weight_bytes(self) -> float:
         """Bytes moved per weight in a batch of many rows: read dense, or dequantized into scratch before."""
@@ -104,11 +108,14 @@ class Roofline:
 
     def backward_s(self, work: Work) -> float:
         """All backward slices: what they recompute, the gradients of inputs, attention's backward."""
-        weights_s = work.num_backward_slices * self._slice_weights_s
-        products_s = work.backward_token_layers * self._slice_row_s
-        # Attention once more forward, then five products where the forward has two.
-        attention_s = 3.5 * work.backward_products * self._product_s / self.shape.num_layers
-        return max(weights_s, products_s) + attention_s
+        num_recomputed = work.recomputed_token_layers
+        share = num_recomputed / work.backward_token_layers
+        weights_s = (1.0 + share) * work.num_backward_slices * self._slice_weights_s
+        products_s = work.backward_token_layers * self._slice_row_s + num_recomputed * self._recomputed_row_s
+        kept_s = (work.backward_token_layers - num_recomputed) * self._kept_row_s
+        # Five products where the forward has two.
+        products = 2.5 * work.backward_products + work.recomputed_products
+        return max(weights_s, products_s) + kept_s + products * self._product_s / self.shape.num_layers
 
 
 class FittedDevice:
@@ -136,13 +143,8 @@ def calibration_samples(
     window = min(limits.window_tokens, limits.max_pack_tokens, limits.max_batch_tokens)
     if window >= 2:
         features.append(PlanFeatures(window, window, window * window, loss_tokens=window, num_loss_windows=1))
-        features.append(
-            PlanFeatures(
-                backward_token_layers=window * limits.num_layers,
-                num_backward_slices=limits.num_layers,
-                num_backward_layers=limits.num_layers,
-            )
-        )
+        features += [_backward(window, limits.num_layers, 1)]
+        features += [_backward(window, limits.num_layers, 0)] if limits.max_kept_tokens >= window else []
     return [(item, device.seconds(_work(item, limits))) for item in features]
 
 
@@ -156,6 +158,15 @@ def _decodes(num: int, adapter_elements: int = 0) -> PlanFeatures:
     )
 
 
+def _backward(window: int, num_layers: int, recomputed: int) -> PlanFeatures:
+    return PlanFeatures(
+        backward_token_layers=window * num_layers,
+        num_backward_slices=num_layers,
+        num_backward_layers=num_layers,
+        recomputed_token_layers=window * num_layers * recomputed,
+    )
+
+
 def _prompt(num: int) -> PlanFeatures:
     return PlanFeatures(num, num, num * num, num_sequences=1)
 
@@ -163,4 +174,5 @@ def _prompt(num: int) -> PlanFeatures:
 def _work(features: PlanFeatures, limits: Limits) -> Work:
     window = min(limits.window_tokens, limits.max_pack_tokens)
     products = features.num_backward_slices * window * window // 2
-    return Work(**asdict(features), backward_products=products)
+    recomputed = products if features.recomputed_token_layers else 0
+    return Work(**asdict(features), backward_products=products, recomputed_products=recomputed)

@@ -16,7 +16,7 @@ BLOCK_SIZE = 16
 NUM_ADAPTER_SLOTS = 256
 TRAINING_ADAPTER_SHARE, PINNED_ADAPTER_SHARE = 0.375, 0.125
 MEMORY_UTILIZATION = 0.90
-CACHE_SHARE, ARENA_SHARE, ACTIVATION_SHARE = 0.60, 0.10, 0.20
+CACHE_SHARE, ARENA_SHARE, LAYER_INPUT_SHARE, ACTIVATION_SHARE = 0.55, 0.10, 0.10, 0.15
 MAX_CACHE_TOKENS = 1 << 21
 MAX_ARENA_BYTES = 16384 << 20
 EXPANSION_SHARE = 0.25
@@ -122,7 +122,9 @@ def choose_limits(
     context = min(max_model_len or shape.max_model_len, shape.max_model_len, num_blocks * BLOCK_SIZE)
     reserve = min(num_blocks // 4, 4 * context // BLOCK_SIZE)
     pack_room = (num_blocks - reserve) * BLOCK_SIZE
-    train_tokens = int(usable * ACTIVATION_SHARE) // shape.kept_bytes_per_token
+    train_tokens = int(usable * LAYER_INPUT_SHARE) // shape.kept_bytes_per_token
+    train_tokens = min(train_tokens, pack_room, 16 * gpu.max_pack_tokens)
+    kept_tokens = int(usable * ACTIVATION_SHARE) // shape.activation_bytes_per_token
     arena_bytes = arena_bytes or min(MAX_ARENA_BYTES, usable * ARENA_SHARE)
     return Limits(
         num_blocks=num_blocks,
@@ -136,7 +138,8 @@ def choose_limits(
         arena_elements=int(arena_bytes) // DENSE_BYTES // 64 * 64,
         window_tokens=window_tokens or gpu.window_tokens,
         num_layers=shape.num_layers,
-        max_train_tokens=min(train_tokens, pack_room, 16 * gpu.max_pack_tokens),
+        max_train_tokens=train_tokens,
+        max_kept_tokens=min(kept_tokens, train_tokens),
         max_inflight=gpu.pipeline_depth + 1,
         inference_reserve_blocks=reserve,
     )

@@ -71,6 +71,15 @@ class ModelShape:
         """What a finetuning token keeps from its forward to its backward: layer inputs and a cotangent."""
         return (self.num_layers + 1) * self.hidden_size * DENSE_BYTES
 
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """What a finetuning token keeps besides if the backward is to recompute nothing: queries, keys and
+        values, attention's output and its statistics, the residual after it, gate and up.
+        """
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        elements = 2 * q_size + 2 * kv_size + self.hidden_size + 2 * self.intermediate_size
+        return self.num_layers * (elements * DENSE_BYTES + 4 * self.num_heads)
+
     def attention_flops(self, products: float) -> float:
         """Scores and weighted values of `products` query-key pairs, in all layers."""
         return 4.0 * self.num_layers * self.num_heads * self.head_dim * products

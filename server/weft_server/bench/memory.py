@@ -19,7 +19,7 @@ def kept_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> dict[str, f
     device = torch.device("cpu")
     tokens = torch.zeros(_NUM_TOKENS, dtype=torch.int64)
     pack = make_pack("pack", "job", [Example(0, 1, tokens, tokens)], device=device)
-    pack.allocate(config.num_layers, config.hidden_size, dtype)
+    pack.allocate(config, dtype)
     accumulators = pack.key_gradients(0, (config.num_kv_heads, config.head_dim))
     assert pack.layer_inputs is not None
     assert pack.d_hidden is not None

@@ -151,14 +151,22 @@ def _measure_adapters(
 
 
 def _measure_training(runner: Runner, limits: Limits) -> list[tuple[PlanFeatures, float]]:
-    """One window forward with its loss head, and all its backward slices, without an adapter."""
+    """One window forward with its loss head, and all its backward slices, without an adapter: recomputing,
+    and with activations kept if the limits ever allow it."""
     num_tokens = min(limits.window_tokens, limits.max_pack_tokens, limits.max_batch_tokens)
     if num_tokens < 2:
         return []
-    example = Example(
-        0, 1, torch.zeros(num_tokens, dtype=torch.int64), torch.zeros(num_tokens, dtype=torch.int64)
-    )
-    pack = make_pack("calibration", "calibration", [example], device=runner.device)
+    samples = _measure_pack(runner, limits, num_tokens, keeps_activations=False)
+    if limits.max_kept_tokens >= num_tokens:
+        samples += _measure_pack(runner, limits, num_tokens, keeps_activations=True)
+    return samples
+
+
+def _measure_pack(
+    runner: Runner, limits: Limits, num_tokens: int, *, keeps_activations: bool
+) -> list[tuple[PlanFeatures, float]]:
+    tokens = torch.zeros(num_tokens, dtype=torch.int64)
+    pack = make_pack("calibration", "calibration", [Example(0, 1, tokens, tokens)], device=runner.device)
     segment = Segment(
         sequence_id=pack.pack_id,
         kind=SegmentKind.TRAIN,
@@ -167,25 +175,26 @@ def _measure_training(runner: Runner, limits: Limits) -> list[tuple[PlanFeatures
         adapter_slot=limits.num_adapter_slots - 1,
         block_ids=tuple(range(limits.num_blocks_for(num_tokens))),
         with_loss=True,
+        keeps_activations=keeps_activations,
     )
     forward = StepPlan(iteration=0, forward=(segment,))
-    backward = StepPlan(
-        iteration=0,
-        forward=(),
-        backward=tuple(
-            BackwardSlice(0, (pack.pack_id,), layer, 0) for layer in reversed(range(limits.num_layers))
-        ),
-    )
-    with_loss = replace(_features(forward), loss_tokens=num_tokens, num_loss_windows=1, num_adapters=0)
+    layers = range(limits.num_layers)
+    slices = tuple(BackwardSlice(0, (pack.pack_id,), layer, 0) for layer in reversed(layers))
+    backward = StepPlan(iteration=0, forward=(), backward=slices)
+    token_layers = num_tokens * limits.num_layers
     runner.add_pack(pack)
     try:
         return [
-            (with_loss, _measure(runner, forward)),
+            (
+                replace(_features(forward), loss_tokens=num_tokens, num_loss_windows=1, num_adapters=0),
+                _measure(runner, forward),
+            ),
             (
                 PlanFeatures(
-                    backward_token_layers=num_tokens * limits.num_layers,
+                    backward_token_layers=token_layers,
                     num_backward_slices=limits.num_layers,
                     num_backward_layers=limits.num_layers,
+                    recomputed_token_layers=0 if keeps_activations else token_layers,
                 ),
                 _measure(runner, backward),
             ),

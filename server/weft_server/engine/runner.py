@@ -238,29 +238,25 @@ class Runner:
         hidden = self._decoder.embed(batch.token_ids)
         rotation = self._decoder.rotation(batch.tokens)
         for layer in range(self._decoder.config.num_layers):
-            for placed in trained:
-                self._keep_layer_input(layer, placed, hidden)
-            hidden = self._decoder.forward_layer(
-                layer, hidden, batch.tokens, self._cache, self._table, rotation
+            layer_input = hidden
+            hidden, acts = self._decoder.forward_layer(
+                layer, layer_input, batch.tokens, self._cache, self._table, rotation
             )
+            for placed in trained:
+                pack = self._packs[placed.segment.sequence_id]
+                pack.keep(layer, placed.segment.start, placed.rows, layer_input, acts)
         return hidden
 
     def _place_pack(self, placed: PlacedSegment) -> None:
         segment, config = placed.segment, self._decoder.config
         pack = self._packs[segment.sequence_id]
-        pack.allocate(config.num_layers, config.hidden_size, self._decoder.dtype)
+        pack.allocate(config, self._decoder.dtype, keeps_activations=segment.keeps_activations)
         if segment.adapter_slot is None:
             raise ValueError(f"finetuning segment of pack {pack.pack_id} has no adapter slot")
         known = self._placements.get(pack.pack_id)
         if known is None or len(known.block_table) != len(segment.block_ids) or segment.start == 0:
             table = upload_indices(segment.block_ids, self._decoder.device)
             self._placements[pack.pack_id] = PackPlacement(pack, segment.adapter_slot, table)
-
-    def _keep_layer_input(self, layer: int, placed: PlacedSegment, hidden: Tensor) -> None:
-        segment = placed.segment
-        stored = self._packs[segment.sequence_id].layer_inputs
-        if stored is not None:
-            stored[layer, segment.start : segment.start + segment.num_tokens] = hidden[placed.rows]
 
     def _run_loss_heads(self, batch: FlatBatch, hidden: Tensor) -> None:
         weights, eps = self._decoder.weights, self._decoder.config.rms_norm_eps

@@ -12,6 +12,7 @@ from weft_scheduler.limits import Limits
 from weft_server.cache.kv import KvCache
 from weft_server.engine.config import EngineConfig
 from weft_server.errors import ConfigError
+from weft_server.model.activations import LayerActivations
 from weft_server.model.config import ModelConfig
 from weft_server.model.weights import DecoderWeights
 
@@ -38,6 +39,7 @@ class DeviceDefaults:
     cache_share: float
     arena_share: float
     max_arena_mb: int
+    layer_input_share: float
     activation_share: float
 
 
@@ -50,6 +52,7 @@ CPU_DEFAULTS = DeviceDefaults(
     cache_share=0.25,
     arena_share=0.05,
     max_arena_mb=1024,
+    layer_input_share=0.10,
     activation_share=0.10,
 )
 CUDA_DEFAULTS = DeviceDefaults(
@@ -58,10 +61,11 @@ CUDA_DEFAULTS = DeviceDefaults(
     window_tokens=512,
     max_pack_tokens=4096,
     pipeline_depth=1,
-    cache_share=0.60,
+    cache_share=0.55,
     arena_share=0.10,
     max_arena_mb=16384,
-    activation_share=0.20,
+    layer_input_share=0.10,
+    activation_share=0.15,
 )
 
 
@@ -162,12 +166,15 @@ def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
     )
     window_tokens = min(defaults.window_tokens, max(1, max_batch_tokens - max_num_seqs))
     arena_bytes = (config.adapter_arena_mb or _arena_mb(usable, defaults)) * _MB
-    kept_bytes = (model.num_layers + 1) * model.hidden_size * weights.dtype.itemsize
-    train_tokens = int(usable * defaults.activation_share) // kept_bytes
+    input_bytes = (model.num_layers + 1) * model.hidden_size * weights.dtype.itemsize
+    train_tokens = int(usable * defaults.layer_input_share) // input_bytes
+    activation_bytes = model.num_layers * LayerActivations.bytes_per_row(model, weights.dtype)
+    kept_tokens = int(usable * defaults.activation_share) // activation_bytes
     _check_memory(config, usable, cache_tokens, kv_bytes, arena_bytes)
     num_blocks = cache_tokens // BLOCK_SIZE
     reserve = min(num_blocks // 4, 4 * max_model_len // BLOCK_SIZE)
     pack_room = (num_blocks - reserve) * BLOCK_SIZE
+    train_tokens = min(train_tokens, pack_room, 16 * defaults.max_pack_tokens)
     try:
         limits = Limits(
             num_blocks=num_blocks,
@@ -181,7 +188,8 @@ def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
             arena_elements=arena_bytes // weights.dtype.itemsize // 64 * 64,
             window_tokens=window_tokens,
             num_layers=model.num_layers,
-            max_train_tokens=min(train_tokens, pack_room, 16 * defaults.max_pack_tokens),
+            max_train_tokens=train_tokens,
+            max_kept_tokens=min(kept_tokens, train_tokens),
             max_inflight=defaults.pipeline_depth + 1,
             inference_reserve_blocks=reserve,
         )

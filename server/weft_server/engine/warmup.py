@@ -23,10 +23,10 @@ from weft_kernels.attention import (
     AttentionBatch,
     DecodeRow,
     KeyTarget,
+    SavedAttention,
     attention_backward,
     make_chunk,
     paged_attention,
-    windowed_attention,
 )
 from weft_kernels.lora import LoraBatch, LoraDropout, LoraEntry, lora_backward, lora_forward
 from weft_kernels.nf4 import Nf4Weight
@@ -167,7 +167,9 @@ def warm_attention(decoder: Decoder, cache: KvCache) -> None:
         q = torch.zeros(num_tokens + 1, config.num_heads, config.head_dim, dtype=decoder.dtype, device=device)
         batch = AttentionBatch([row], [chunk._replace(row_start=1)])
         paged_attention(q, keys, values, batch, scale=decoder.scale)
-        out, saved = windowed_attention(q[1:], keys, values, AttentionBatch((), [chunk]), scale=decoder.scale)
+        trained, stats = AttentionBatch((), [chunk]), q.new_empty(q[1:].shape[:2], dtype=torch.float32)
+        out = paged_attention(q[1:], keys, values, trained, scale=decoder.scale, stats=stats)
+        saved = SavedAttention(q[1:], keys, values, trained, decoder.scale, None, out, stats)
         accumulators = torch.zeros(
             2, num_tokens, config.num_kv_heads, config.head_dim, dtype=torch.float32, device=device
         )

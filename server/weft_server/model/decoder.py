@@ -1,10 +1,10 @@
 """The one decoder of all families: a frozen base with every tenant's adapter added where it applies.
 
 `forward_layer` computes a flat batch through one layer; `backward_layer` is its hand-written vector-Jacobian
-product for one window of finetuning rows. The base is frozen, so no linear layer needs its saved input and
-the backward recomputes what it needs from the layer's input and the cached keys and values: the down
-projection is never recomputed. Weights of adapters are read through the `LoraTable`; their gradients are
-added to flat vectors.
+product for one window of finetuning rows. The base is frozen, so no linear layer needs its saved input. What
+the backward needs, the forward returned (`LayerActivations`); where it was not kept, it is recomputed from the
+layer's input and the cached keys and values: the down projection never is. Weights of adapters are read
+through the `LoraTable`; their gradients are added to flat vectors.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.attention import KeyTarget, attention_backward, paged_attention, windowed_attention
+from weft_kernels.attention import KeyTarget, SavedAttention, attention_backward, paged_attention
 from weft_kernels.lora import LoraTable, lora_backward, lora_forward
 from weft_kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from weft_kernels.rope import HeadNorms, KvSlots, Rotation, rotate_backward, rotate_queries, write_rotated
 from weft_kernels.swiglu import swiglu, swiglu_backward
 from weft_server.cache.kv import KvCache
+from weft_server.model.activations import LayerActivations
 from weft_server.model.batch import TokenBatch
 from weft_server.model.rope import RotaryTable
 from weft_server.model.weights import DecoderWeights, LayerWeights
@@ -44,13 +45,21 @@ class KeyGradients:
 
 
 @dataclass(frozen=True, slots=True)
-class _Activations:
-    """What the backward of a layer recomputes before it descends, for `T` rows."""
+class _AdapterBackward:
+    """The adapters' part of one layer's backward."""
 
-    normed_in: Tensor  # [T, hidden]
-    qkv: Tensor  # [T, (H + 2 Hkv) D] before q/k norm and rotation
-    q: Tensor  # [T, H, D] rotated
-    rotation: Rotation
+    layer: int
+    batch: TokenBatch
+    table: LoraTable
+    grads: Mapping[int, Tensor]
+
+    def add(
+        self, x: Tensor, d_y: Tensor, d_x: Tensor, modules: tuple[int, ...], widths: tuple[int, ...]
+    ) -> None:
+        """Of modules with input `x`, given the cotangent `d_y`: to the gradients, and to `d_x`."""
+        lora, dropout = self.batch.lora, self.batch.dropout
+        if lora is not None:
+            lora_backward(x, d_y, d_x, self.grads, self.table, self.layer, modules, widths, lora, dropout)
 
 
 class Decoder:
@@ -89,21 +98,17 @@ class Decoder:
         cache: KvCache,
         table: LoraTable,
         rotation: Rotation,
-    ) -> Tensor:
+    ) -> tuple[Tensor, LayerActivations]:
         """One layer over a flat batch `[T, hidden]`; writes its keys and values to the cache, then reads
-        them."""
+        them. Returns its output `[T, hidden]`, and what led to it."""
         weights = self.weights.layers[layer]
-        x = self._norm(hidden, weights.input_norm)
-        qkv = self._linear(weights.qkv, x, table, layer, QKV, self._qkv_widths, batch)
+        qkv = self._project(layer, hidden, batch, table)
         slots = KvSlots(cache.keys[layer], cache.values[layer], batch.slot_mapping)
         q = write_rotated(qkv, rotation, self.head_norms(weights), slots)
-        context = self._attend(layer, q, batch, cache)
-        mid = self._linear(weights.o, context, table, layer, O, (self.config.hidden_size,), batch)
-        x = add_rms_norm(mid, hidden, weights.post_attention_norm, self.config.rms_norm_eps)
-        gate_up = self._linear(weights.gate_up, x, table, layer, GATE_UP, self._mlp_widths, batch)
-        x = swiglu(gate_up)
-        down = self._linear(weights.down, x, table, layer, DOWN, (self.config.hidden_size,), batch)
-        return down.add_(mid)
+        acts = self._attend(layer, hidden, qkv, q, batch, cache, table)
+        product = swiglu(acts.gate_up)
+        down = self._linear(weights.down, product, table, layer, DOWN, (self.config.hidden_size,), batch)
+        return down.add_(acts.mid), acts
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: `[T, hidden]` to `[T, vocab]` in the compute dtype."""
@@ -121,6 +126,7 @@ class Decoder:
         table: LoraTable,
         grads: Mapping[int, Tensor],
         key_gradients: KeyGradients,
+        kept: LayerActivations | None = None,
     ) -> Tensor:
         """Vector-Jacobian product of one layer for one window of finetuning rows.
 
@@ -133,85 +139,71 @@ class Decoder:
             batch: the rows, without decode rows.
             grads: flat gradient of each adapter slot, added to.
             key_gradients: where the gradients of keys and values accumulate.
+            kept: what the forward returned for these rows; None recomputes it.
 
         Returns:
             Cotangent of the layer's input `[T, hidden]`.
         """
         weights = self.weights.layers[layer]
-        acts = self._recompute_queries(layer, hidden, batch, table)
-        out, saved = windowed_attention(
-            acts.q,
+        rotation = self.rotation(batch)
+        acts = self._recompute(layer, hidden, batch, cache, table, rotation) if kept is None else kept
+        adapters = _AdapterBackward(layer, batch, table, grads)
+        d_mid = self._backward_mlp(weights, acts, d_out, adapters)
+        d_context = weights.o.input_grad(d_mid)
+        adapters.add(acts.context.flatten(1), d_mid, d_context, O, (self.config.hidden_size,))
+        d_q = attention_backward(
+            d_context.view_as(acts.context),
+            self._saved_attention(layer, acts, batch, cache, rotation),
+            key_gradients.targets,
+        )
+        d_k, d_v = _complete_rows(key_gradients)
+        d_qkv = rotate_backward(acts.qkv, rotation, self.head_norms(weights), d_q, d_k, d_v)
+        d_normed = weights.qkv.input_grad(d_qkv)
+        normed = self._norm(hidden, weights.input_norm)
+        adapters.add(normed, d_qkv, d_normed, QKV, self._qkv_widths)
+        return rms_norm_backward(hidden, weights.input_norm, d_normed, self.config.rms_norm_eps, d_mid)
+
+    def _recompute(
+        self,
+        layer: int,
+        hidden: Tensor,
+        batch: TokenBatch,
+        cache: KvCache,
+        table: LoraTable,
+        rotation: Rotation,
+    ) -> LayerActivations:
+        qkv = self._project(layer, hidden, batch, table)
+        norms = self.head_norms(self.weights.layers[layer])
+        q = rotate_queries(qkv, rotation, norms, self.config.num_kv_heads)
+        return self._attend(layer, hidden, qkv, q, batch, cache, table)
+
+    def _saved_attention(
+        self, layer: int, acts: LayerActivations, batch: TokenBatch, cache: KvCache, rotation: Rotation
+    ) -> SavedAttention:
+        norms = self.head_norms(self.weights.layers[layer])
+        return SavedAttention(
+            rotate_queries(acts.qkv, rotation, norms, self.config.num_kv_heads),
             cache.keys[layer],
             cache.values[layer],
             batch.attention,
-            scale=self.scale,
-            sliding_window=self.config.sliding_windows[layer],
+            self.scale,
+            self.config.sliding_windows[layer],
+            acts.context,
+            acts.stats,
         )
-        context = out.flatten(1)
-        mid = self._linear(weights.o, context, table, layer, O, (self.config.hidden_size,), batch)
-        d_mid = self._backward_mlp(layer, mid, hidden, d_out, batch, table, grads)
-        d_context = weights.o.input_grad(d_mid)
-        if batch.lora is not None:
-            widths = (self.config.hidden_size,)
-            lora_backward(
-                context, d_mid, d_context, grads, table, layer, O, widths, batch.lora, batch.dropout
-            )
-        d_q = attention_backward(d_context.view_as(acts.q), saved, key_gradients.targets)
-        d_k, d_v = _complete_rows(key_gradients)
-        d_qkv = rotate_backward(acts.qkv, acts.rotation, self.head_norms(weights), d_q, d_k, d_v)
-        d_normed = weights.qkv.input_grad(d_qkv)
-        if batch.lora is not None:
-            lora_backward(
-                acts.normed_in,
-                d_qkv,
-                d_normed,
-                grads,
-                table,
-                layer,
-                QKV,
-                self._qkv_widths,
-                batch.lora,
-                batch.dropout,
-            )
-        return rms_norm_backward(hidden, weights.input_norm, d_normed, self.config.rms_norm_eps, d_mid)
-
-    def _recompute_queries(
-        self, layer: int, hidden: Tensor, batch: TokenBatch, table: LoraTable
-    ) -> _Activations:
-        weights = self.weights.layers[layer]
-        normed = self._norm(hidden, weights.input_norm)
-        qkv = self._linear(weights.qkv, normed, table, layer, QKV, self._qkv_widths, batch)
-        rotation = self.rotation(batch)
-        q = rotate_queries(qkv, rotation, self.head_norms(weights), self.config.num_kv_heads)
-        return _Activations(normed, qkv, q, rotation)
 
     def _backward_mlp(
-        self,
-        layer: int,
-        mid: Tensor,
-        residual: Tensor,
-        d_out: Tensor,
-        batch: TokenBatch,
-        table: LoraTable,
-        grads: Mapping[int, Tensor],
+        self, weights: LayerWeights, acts: LayerActivations, d_out: Tensor, adapters: _AdapterBackward
     ) -> Tensor:
-        """Cotangent of the sum of `mid` and `residual` (`mid` is overwritten with it), given the layer's."""
-        weights, lora, dropout = self.weights.layers[layer], batch.lora, batch.dropout
+        """Cotangent of the residual after attention, given that of the layer's output."""
         eps = self.config.rms_norm_eps
-        normed = add_rms_norm(mid, residual, weights.post_attention_norm, eps)
-        gate_up = self._linear(weights.gate_up, normed, table, layer, GATE_UP, self._mlp_widths, batch)
         d_product = weights.down.input_grad(d_out)
-        if lora is not None:
-            widths = (self.config.hidden_size,)
-            product = swiglu(gate_up)
-            lora_backward(product, d_out, d_product, grads, table, layer, DOWN, widths, lora, dropout)
-        d_gate_up = swiglu_backward(gate_up, d_product)
+        adapters.add(swiglu(acts.gate_up), d_out, d_product, DOWN, (self.config.hidden_size,))
+        d_gate_up = swiglu_backward(acts.gate_up, d_product)
         d_normed = weights.gate_up.input_grad(d_gate_up)
-        if lora is not None:
-            lora_backward(
-                normed, d_gate_up, d_normed, grads, table, layer, GATE_UP, self._mlp_widths, lora, dropout
-            )
-        return rms_norm_backward(mid, weights.post_attention_norm, d_normed, eps, d_out)
+        normed = self._norm(acts.mid, weights.post_attention_norm)
+        adapters.add(normed, d_gate_up, d_normed, GATE_UP, self._mlp_widths)
+        return rms_norm_backward(acts.mid, weights.post_attention_norm, d_normed, eps, d_out)
 
     # ------------------------------------------------------------ parts
 
@@ -239,16 +231,37 @@ class Decoder:
             return None
         return HeadNorms(weights.q_norm, weights.k_norm, self.config.rms_norm_eps)
 
-    def _attend(self, layer: int, q: Tensor, batch: TokenBatch, cache: KvCache) -> Tensor:
+    def _project(self, layer: int, hidden: Tensor, batch: TokenBatch, table: LoraTable) -> Tensor:
+        weights = self.weights.layers[layer]
+        normed = self._norm(hidden, weights.input_norm)
+        return self._linear(weights.qkv, normed, table, layer, QKV, self._qkv_widths, batch)
+
+    def _attend(
+        self,
+        layer: int,
+        hidden: Tensor,
+        qkv: Tensor,
+        q: Tensor,
+        batch: TokenBatch,
+        cache: KvCache,
+        table: LoraTable,
+    ) -> LayerActivations:
+        """From rotated queries to gate and up."""
+        weights, config = self.weights.layers[layer], self.config
+        stats = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         context = paged_attention(
             q,
             cache.keys[layer],
             cache.values[layer],
             batch.attention,
             scale=self.scale,
-            sliding_window=self.config.sliding_windows[layer],
+            sliding_window=config.sliding_windows[layer],
+            stats=stats,
         )
-        return context.flatten(1)
+        mid = self._linear(weights.o, context.flatten(1), table, layer, O, (config.hidden_size,), batch)
+        x = add_rms_norm(mid, hidden, weights.post_attention_norm, config.rms_norm_eps)
+        gate_up = self._linear(weights.gate_up, x, table, layer, GATE_UP, self._mlp_widths, batch)
+        return LayerActivations(qkv, context, stats, mid, gate_up)
 
 
 def _complete_rows(key_gradients: KeyGradients) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from weft_kernels.attention import AttentionBatch, KeyTarget
 from weft_kernels.lora import LoraBatch, LoraDropout, LoraTable
 from weft_server.cache.kv import KvCache
+from weft_server.model.activations import LayerActivations
 from weft_server.model.batch import TokenBatch
 from weft_server.model.decoder import Decoder, KeyGradients
 from weft_server.training.pack import Pack, PackChunk
@@ -42,7 +43,8 @@ class _Window:
 
 
 class WindowedBackward:
-    """Runs backward slices over a decoder, its cache and its adapter table."""
+    """Runs backward slices over a decoder, its cache and its adapter table. The packs of a wave keep their
+    activations, or recompute them, all alike."""
 
     def __init__(self, decoder: Decoder, cache: KvCache, table: LoraTable, *, window_tokens: int) -> None:
         self._decoder = decoder
@@ -86,6 +88,7 @@ class WindowedBackward:
             self._table,
             grads,
             self._key_gradients(prepared, layer),
+            _kept(prepared, layer),
         )
         row = 0
         for placement, first, end in prepared.spans:
@@ -163,6 +166,17 @@ def _gather(prepared: _Window, layer: int) -> Tensor:
             raise RuntimeError(f"pack {placement.pack.pack_id} was not forwarded before its backward")
         inputs.append(stored[layer, first:end])
     return torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+
+
+def _kept(prepared: _Window, layer: int) -> LayerActivations | None:
+    kept = [
+        pack.activations[layer, first:end]
+        for pack, first, end in ((p.pack, first, end) for p, first, end in prepared.spans)
+        if pack.activations is not None
+    ]
+    if kept and len(kept) != len(prepared.spans):
+        raise RuntimeError(f"{len(kept)} of {len(prepared.spans)} packs of one wave keep their activations")
+    return LayerActivations.cat(kept) if kept else None
 
 
 def _cotangent(pack: Pack) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from weft_kernels.attention import AttentionChunk, make_chunk
 from weft_kernels.transfer import upload_tensor
+from weft_server.model.activations import LayerActivations
+from weft_server.model.config import ModelConfig
 from weft_server.training.data import IGNORED, Example
 
 
@@ -40,8 +42,8 @@ class Pack:
     `n` is its number of tokens. `token_ids`, `positions` and `labels` are `[n]` int64 on the device; `starts`
     are the first tokens of its examples, with `n` appended; `trained` are the tokens that have a label,
     ascending, and `trained_ids` the same `[num_targets]` int64 on the device. `layer_inputs`
-    `[L, n, hidden]` and `d_hidden` `[n, hidden]` (the cotangent at the backward cursor) live from the first
-    window on.
+    `[L, n, hidden]`, `d_hidden` `[n, hidden]` (the cotangent at the backward cursor) and, if it keeps them,
+    `activations` `[L, n, ...]` live from the first window on.
     """
 
     pack_id: str
@@ -56,6 +58,7 @@ class Pack:
     dropout_p: float = 0.0
     dropout_keys: Tensor | None = None
     layer_inputs: Tensor | None = None
+    activations: LayerActivations | None = None
     d_hidden: Tensor | None = None
     losses: Tensor | None = None
     correct: Tensor | None = None
@@ -76,22 +79,34 @@ class Pack:
         window = slice(bisect_left(self.trained, first), bisect_left(self.trained, end))
         return self.trained_ids[window] - first
 
-    def allocate(self, num_layers: int, hidden_size: int, dtype: torch.dtype) -> None:
+    def allocate(self, config: ModelConfig, dtype: torch.dtype, *, keeps_activations: bool = False) -> None:
         """Take the memory that the pack keeps between forward and backward (idempotent)."""
-        device = self.token_ids.device
+        device, leading = self.token_ids.device, (config.num_layers, self.num_tokens)
         if self.layer_inputs is None:
-            self.layer_inputs = torch.empty(
-                (num_layers, self.num_tokens, hidden_size), dtype=dtype, device=device
-            )
+            self.layer_inputs = torch.empty((*leading, config.hidden_size), dtype=dtype, device=device)
+            if keeps_activations:
+                self.activations = LayerActivations.empty(config, leading, dtype, device)
         if self.d_hidden is None:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            self.d_hidden = torch.zeros((self.num_tokens, hidden_size), dtype=dtype, device=device)
+            self.d_hidden = torch.zeros((self.num_tokens, config.hidden_size), dtype=dtype, device=device)
             self.losses = torch.zeros(self.num_tokens, dtype=wide, device=device)
             self.correct = torch.zeros(self.num_tokens, dtype=torch.bool, device=device)
 
+    def keep(
+        self, layer: int, first: int, rows: slice, layer_input: Tensor, activations: LayerActivations
+    ) -> None:
+        """Tokens from `first` on have gone through a layer as `rows` of a batch: with this input
+        `[T, hidden]`, and what it computed."""
+        window = slice(first, first + rows.stop - rows.start)
+        if self.layer_inputs is not None:
+            self.layer_inputs[layer, window] = layer_input[rows]
+        if self.activations is not None:
+            self.activations[layer, window].copy_(activations[rows])
+
     def drop_activations(self) -> None:
-        """Free the layer inputs (at a layer boundary); the cotangent at the cursor, losses and seeds stay."""
-        self.layer_inputs = None
+        """Free what it keeps of its layers (at a layer boundary); the cotangent at the cursor, losses and
+        seeds stay."""
+        self.layer_inputs = self.activations = None
         self.d_keys.clear()
 
     def key_gradients(self, layer: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from weft_kernels.attention import AttentionBatch, DecodeRow, KeyTarget, fused, make_chunk
+from weft_kernels.attention import AttentionBatch, DecodeRow, KeyTarget, SavedAttention, fused, make_chunk
 
 MODULES = (fused,)
 
@@ -33,6 +33,8 @@ def _launch(head_dim: int, block_size: int, *, num_tokens: int) -> None:
         fused.paged_attention(q, cache, cache, AttentionBatch(rows, [chunk]), scale=0.1)
     q = meta(num_tokens, num_heads, head_dim)
     chunks = AttentionBatch((), [make_chunk(0, num_tokens, 0, num_keys, table, block_size)])
-    out, saved = fused.windowed_attention(q, cache, cache, chunks, scale=0.1)
+    stats = meta(num_tokens, num_heads, dtype=torch.float32)
+    out = fused.paged_attention(q, cache, cache, chunks, scale=0.1, stats=stats)
+    saved = SavedAttention(q, cache, cache, chunks, 0.1, None, out, stats)
     accumulator = meta(num_keys, num_kv_heads, head_dim, dtype=torch.float32)
     fused.attention_backward(out, saved, [KeyTarget(accumulator, accumulator, 0)])

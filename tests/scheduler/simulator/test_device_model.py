@@ -45,13 +45,26 @@ def test_a_middling_batch_reads_the_dense_copy_or_dequantizes_first() -> None:
 
 
 def test_a_slice_computes_the_layer_again_but_for_down_and_then_its_gradient() -> None:
-    work = Work(backward_token_layers=512, num_backward_slices=1)
+    work = Work(backward_token_layers=512, num_backward_slices=1, recomputed_token_layers=512)
     layer, down = LLAMA.layer_weights, 4096 * 14336
     expected = 512 * 2 * (2 * layer - down) / GIVEN_FLOPS
     assert Roofline(LLAMA, H200, "nf4").backward_s(work) == pytest.approx(expected, rel=1e-6)
-    tiny = Work(backward_token_layers=1, num_backward_slices=1)
+    tiny = Work(backward_token_layers=1, num_backward_slices=1, recomputed_token_layers=1)
     weights = 2 * 2 * layer / GIVEN_BANDWIDTH
     assert Roofline(LLAMA, H200, "nf4").backward_s(tiny) == pytest.approx(weights, rel=1e-6)
+
+
+def test_a_slice_that_kept_its_activations_reads_them_instead() -> None:
+    layer = LLAMA.layer_weights
+    written_and_read = 2 * ((2 * 4096 + 2 * 1024 + 4096 + 2 * 14336) * 2 + 4 * 32) / GIVEN_BANDWIDTH
+    work = Work(backward_token_layers=512, num_backward_slices=1)
+    expected = 512 * (2 * layer / GIVEN_FLOPS + written_and_read)
+    assert Roofline(LLAMA, H200, "nf4").backward_s(work) == pytest.approx(expected, rel=1e-6)
+    tiny = Work(backward_token_layers=1, num_backward_slices=1)
+    weights = 2 * layer / GIVEN_BANDWIDTH
+    assert Roofline(LLAMA, H200, "nf4").backward_s(tiny) == pytest.approx(
+        weights + written_and_read, rel=1e-6
+    )
 
 
 def test_kernels_that_cannot_be_started_faster_set_the_pace() -> None:

@@ -77,7 +77,7 @@ def whole_sequence_logits(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
     table = LoraTable(torch.zeros(64), 1, config.num_layers, 7)
     hidden, rotation = decoder.embed(ids), decoder.rotation(batch.tokens)
     for layer in range(config.num_layers):
-        hidden = decoder.forward_layer(layer, hidden, batch.tokens, cache, table, rotation)
+        hidden, _ = decoder.forward_layer(layer, hidden, batch.tokens, cache, table, rotation)
     return decoder.logits(hidden)
 
 

@@ -435,7 +435,9 @@ class Oracle:
         )
         hidden = decoder.embed(torch.tensor(list(tokens), device=device))
         for layer in range(CONFIG.num_layers):
-            hidden = decoder.forward_layer(layer, hidden, batch, cache, arena.table, decoder.rotation(batch))
+            hidden, _ = decoder.forward_layer(
+                layer, hidden, batch, cache, arena.table, decoder.rotation(batch)
+            )
         return decoder.logits(hidden).cpu()
 
     def greedy(

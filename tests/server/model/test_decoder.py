@@ -139,7 +139,7 @@ def _logits(decoder: Decoder, prompts: list[list[int]], splits: list[int]) -> li
             ids[placed.row] = sequences[placed.segment.sequence_id].prompt[placed.segment.start]
         hidden = decoder.embed(ids)
         for layer in range(decoder.config.num_layers):
-            hidden = decoder.forward_layer(
+            hidden, _ = decoder.forward_layer(
                 layer, hidden, batch.tokens, cache, table, decoder.rotation(batch.tokens)
             )
         logits = decoder.logits(hidden)

@@ -151,7 +151,7 @@ def _run(decoder: Decoder, arena: AdapterArena, slots: dict[str, int], prompts: 
         hidden = decoder.embed(ids)
         rotation = decoder.rotation(batch.tokens)
         for layer in range(decoder.config.num_layers):
-            hidden = decoder.forward_layer(layer, hidden, batch.tokens, cache, arena.table, rotation)
+            hidden, _ = decoder.forward_layer(layer, hidden, batch.tokens, cache, arena.table, rotation)
         logits = decoder.logits(hidden)
         for placed in batch.segments:
             collected[int(placed.segment.sequence_id)].append(logits[placed.rows])

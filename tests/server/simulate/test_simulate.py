@@ -238,8 +238,8 @@ def test_the_simulated_sizes_are_those_of_the_engine() -> None:
     for name in ("BLOCK_SIZE", "NUM_ADAPTER_SLOTS", "TRAINING_ADAPTER_SHARE", "PINNED_ADAPTER_SHARE"):
         assert getattr(gpus, name) == getattr(sizing, name)
     cuda = sizing.CUDA_DEFAULTS
-    shares = (cuda.cache_share, cuda.arena_share, cuda.activation_share)
-    assert shares == (gpus.CACHE_SHARE, gpus.ARENA_SHARE, gpus.ACTIVATION_SHARE)
+    shares = (cuda.cache_share, cuda.arena_share, cuda.layer_input_share, cuda.activation_share)
+    assert shares == (gpus.CACHE_SHARE, gpus.ARENA_SHARE, gpus.LAYER_INPUT_SHARE, gpus.ACTIVATION_SHARE)
 
 
 @pytest.mark.skipif("WEFT_TEST_DATA" not in os.environ, reason="needs WEFT_TEST_DATA: the real trace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -126,6 +127,7 @@ class Bench:
     dtype: torch.dtype
     window_tokens: int
     num_blocks: int = 256
+    keeps_activations: bool = False
     weights: DecoderWeights | None = None
     decoder: Decoder = field(init=False)
     runner: Runner = field(init=False)
@@ -225,7 +227,14 @@ class Bench:
                     slot = self.slots[pack.job_id]
                     segments.append(
                         Segment(
-                            pack.pack_id, SegmentKind.TRAIN, start, count, slot, table, with_loss=with_loss
+                            pack.pack_id,
+                            SegmentKind.TRAIN,
+                            start,
+                            count,
+                            slot,
+                            table,
+                            with_loss=with_loss,
+                            keeps_activations=self.keeps_activations,
                         )
                     )
             self._run(StepPlan(0, tuple(segments)))
@@ -280,7 +289,7 @@ class Bench:
             )
             hidden = self.decoder.embed(example.tokens)
             for layer in range(self.config.num_layers):
-                hidden = self.decoder.forward_layer(
+                hidden, _ = self.decoder.forward_layer(
                     layer, hidden, batch, cache, arena.table, self.decoder.rotation(batch)
                 )
             logits = self.decoder.logits(hidden)
@@ -293,9 +302,9 @@ class Bench:
         return arena.weights.grad[: image.num_elements].clone(), total
 
 
-@pytest.fixture
-def bench() -> type[Bench]:
-    return Bench
+@pytest.fixture(params=[False, True], ids=["recompute", "keep"])
+def bench(request: pytest.FixtureRequest) -> Callable[..., Bench]:
+    return partial(Bench, keeps_activations=request.param)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft_kernels.attention import KeyTarget, attention_backward, paged_attention, windowed_attention
+from weft_kernels.attention import KeyTarget, SavedAttention, attention_backward, paged_attention
 from weft_scheduler.plan import Segment, SegmentKind
 from weft_server.bench.kernels.case import OpCase, Subject, relative_error
 from weft_server.cache.kv import KvCache
@@ -81,7 +81,10 @@ def _backward(subject: Subject, num_keys: int, num_rows: int) -> OpCase:
     target = KeyTarget(torch.zeros(k.shape, device=k.device), torch.zeros(k.shape, device=k.device), 0)
 
     def run() -> Tensor:
-        _, saved = windowed_attention(q, cache.keys[0], cache.values[0], batch.attention, scale=scale)
+        stats = q.new_empty(q.shape[:2], dtype=torch.float32)
+        keys, values, rows = cache.keys[0], cache.values[0], batch.attention
+        out = paged_attention(q, keys, values, rows, scale=scale, stats=stats)
+        saved = SavedAttention(q, keys, values, rows, scale, None, out, stats)
         return attention_backward(d_out, saved, [target])
 
     def defined(dtype: torch.dtype) -> tuple[Tensor, ...]:
