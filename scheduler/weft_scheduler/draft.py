@@ -157,11 +157,13 @@ class PlanDraft:
         self.num_training_units += 1
         return True
 
-    def try_add_window(self, training: TrainingQueue, pack: Pack, adapter_slot: int, budget_s: float) -> bool:
-        """The next forward window of a pack, or as much of it as fits, from `MIN_WINDOW_TOKENS` on; advances
-        the pack.
+    def try_add_window(
+        self, training: TrainingQueue, pack: Pack, adapter_slot: int, budget_s: float, whole: int
+    ) -> bool:
+        """The next `whole` tokens of a pack's forward, or as many of them as fit, from `MIN_WINDOW_TOKENS`
+        on; advances the pack.
         """
-        start, whole = pack.num_forwarded, training.most_forward(pack)
+        start = pack.num_forwarded
         loss_share = 0.0 if pack.has_loss else pack.spec.num_target_tokens / pack.spec.num_tokens
         new = self._count_adapters((adapter_slot,))
         num_tokens = self._search_chunk(start, min(whole, self.tokens_left), budget_s, loss_share)

@@ -291,7 +291,7 @@ class TrainingQueue:
         return tokens
 
     def most_forward(self, pack: Pack) -> int:
-        """Tokens of the pack's next forward window, if the budget does not cut it shorter."""
+        """Tokens of the pack's next forward window, if it is of the usual length."""
         return min(self.window_tokens, pack.spec.num_tokens - pack.num_forwarded)
 
     def forwarded(self, pack: Pack, num_tokens: int) -> None:

@@ -116,7 +116,7 @@ def plan_capped_training(state: SchedulerState, draft: PlanDraft, max_tokens: in
             while pack.status is PackStatus.FORWARDING:
                 num_tokens = training.most_forward(pack)
                 is_over = num_tokens > left and (left < max_tokens or max_tokens <= 0)
-                if is_over or not _add_window(state, draft, pack, inf):
+                if is_over or not _add_window(state, draft, pack, inf, num_tokens):
                     return
                 left -= num_tokens
         if left < max_tokens:
@@ -204,10 +204,11 @@ def _add_steps(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None
 def _add_windows(
     state: SchedulerState, draft: PlanDraft, budget_s: float, is_in_turn: Callable[[Pack], bool]
 ) -> None:
-    """As many windows as fit, the oldest pack first; those of one pack are computed together."""
+    """As many tokens of forward passes as fit, the oldest pack first; those of one pack are one window."""
     for pack in filter(is_in_turn, state.training.alive):
-        while pack.status is PackStatus.FORWARDING:
-            if not _add_window(state, draft, pack, budget_s):
+        if pack.status is PackStatus.FORWARDING:
+            rest = pack.spec.num_tokens - pack.num_forwarded
+            if not _add_window(state, draft, pack, budget_s, rest) or pack.status is PackStatus.FORWARDING:
                 return
 
 
@@ -238,13 +239,16 @@ def _force_one(state: SchedulerState, draft: PlanDraft) -> None:
         _add_slice(state, draft, wave, inf)
         return
     for pack in state.training.alive:
-        if pack.status is PackStatus.FORWARDING and _add_window(state, draft, pack, inf):
+        num_tokens = state.training.most_forward(pack)
+        if pack.status is PackStatus.FORWARDING and _add_window(state, draft, pack, inf, num_tokens):
             return
 
 
-def _add_window(state: SchedulerState, draft: PlanDraft, pack: Pack, budget_s: float) -> bool:
+def _add_window(
+    state: SchedulerState, draft: PlanDraft, pack: Pack, budget_s: float, num_tokens: int
+) -> bool:
     slot = _slot(state, state.training.jobs[pack.spec.job_id])
-    return draft.try_add_window(state.training, pack, slot, budget_s)
+    return draft.try_add_window(state.training, pack, slot, budget_s, num_tokens)
 
 
 def _add_slice(state: SchedulerState, draft: PlanDraft, wave: Wave, budget_s: float) -> bool:

@@ -2,12 +2,12 @@
 
     y = weight · x / sqrt(mean(x²) + eps)        over the last axis, fp32 inside (fp64 stays fp64)
 
-The plain forward is torch's own, which has a fused kernel for it on every device. What torch launches as
-several kernels is one here on a GPU: the addition with the norm after it, and the backward with the addition
-after it.
+On a GPU the plain forward is torch's own, which is one kernel there, and so is here what torch launches as
+several: the addition with the norm after it, and the backward with the addition after it.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft_kernels.norm import reference
@@ -17,6 +17,8 @@ __all__ = ["add_rms_norm", "rms_norm", "rms_norm_backward"]
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis of `[..., N]` with `weight` `[N]`, in the dtype of `x`."""
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 

@@ -2,8 +2,8 @@
 
 `forward_layer` computes a flat batch through one layer; `backward_layer` is its hand-written vector-Jacobian
 product for one window of finetuning rows. The base is frozen, so no linear layer needs its saved input. What
-the backward needs, the forward returned (`LayerActivations`); where it was not kept, it is recomputed from the
-layer's input and the cached keys and values: the down projection never is. Weights of adapters are read
+the backward needs, the forward returned (`LayerActivations`); where it was not kept, it is recomputed from
+the layer's input and the cached keys and values: the down projection never is. Weights of adapters are read
 through the `LoraTable`; their gradients are added to flat vectors.
 """
 

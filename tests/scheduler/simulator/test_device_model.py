@@ -93,7 +93,7 @@ def test_the_cost_model_learns_the_roofline_within_a_few_percent() -> None:
 def test_limits_leave_room_for_the_weights() -> None:
     limits = choose_limits(LLAMA, H200, "nf4", max_model_len=8192)
     usable = 141e9 * 0.9 - LLAMA.weight_bytes("nf4") - LLAMA.decoder_weights * 2
-    assert limits.capacity_tokens == pytest.approx(usable * 0.6 / 131072, rel=1e-3)
+    assert limits.capacity_tokens == pytest.approx(usable * 0.55 / 131072, rel=1e-3)
     assert (limits.max_model_len, limits.num_layers, limits.max_inflight) == (8192, 32, 2)
     with pytest.raises(DoesNotFit, match=r"takes 14\d\.\d GB; l4 offers 21\.6 GB"):
         choose_limits(SHAPES["llama-3.1-70b"], GPUS["l4"], "none")
