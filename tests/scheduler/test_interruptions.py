@@ -20,7 +20,7 @@ def prepared(make_engine: Callable[..., Any], sizes: list[int]) -> Any:
     for job in ("a", "b"):
         engine.add_step(job, job, sizes)
     forward = engine.scheduler.plan(engine.now)
-    assert (len(forward.forward), len(forward.backward)) == (4, 6)
+    assert (len(forward.forward), len(forward.backward)) == (2, 6)
     engine.scheduler.commit(forward, StepResult({}, 0.004, 0, 0), engine.now)
     return engine
 

@@ -25,6 +25,7 @@ from weft_server.engine.sampler import SamplingRow, sample
 from weft_server.engine.sequence import Sequence as GeneratedSequence
 from weft_server.model.decoder import Decoder
 from weft_server.protocol import TokenLogprob
+from weft_server.training.activation_pool import ActivationPool
 from weft_server.training.backward import PackPlacement, WindowedBackward
 from weft_server.training.job import FinetuneJob, JobError, StepReport
 from weft_server.training.loss import loss_head
@@ -103,6 +104,7 @@ class Runner:
         self._table = table
         self._window_tokens = window_tokens
         self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
+        self._activations = ActivationPool(decoder.config, decoder.dtype, decoder.device)
         self._max_fused_windows = _MAX_FUSED_TOKENS[decoder.device.type] // window_tokens
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=decoder.device)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -143,7 +145,9 @@ class Runner:
 
     def remove_pack(self, pack_id: str) -> None:
         """Forget a pack and free what it keeps."""
-        self._packs.pop(pack_id, None)
+        pack = self._packs.pop(pack_id, None)
+        if pack is not None:
+            self._drop_activations(pack)
         self._placements.pop(pack_id, None)
         self._backward.forget_packs()
 
@@ -194,8 +198,13 @@ class Runner:
                 self._free_row(sequence)
         for pack_id in memory.dropped_packs:
             if pack_id in self._packs:
-                self._packs[pack_id].drop_activations()
+                self._drop_activations(self._packs[pack_id])
                 self._backward.forget_packs()
+
+    def _drop_activations(self, pack: Pack) -> None:
+        activations = pack.drop_activations()
+        if activations is not None:
+            self._activations.give_back(activations)
 
     def reads_uncollected_tokens(self, plan: StepPlan) -> bool:
         """True if sampling this plan needs output tokens on the host that an iteration in flight still
@@ -250,7 +259,9 @@ class Runner:
     def _place_pack(self, placed: PlacedSegment) -> None:
         segment, config = placed.segment, self._decoder.config
         pack = self._packs[segment.sequence_id]
-        pack.allocate(config, self._decoder.dtype, keeps_activations=segment.keeps_activations)
+        pack.allocate(config, self._decoder.dtype)
+        if segment.keeps_activations and pack.activations is None:
+            pack.activations = self._activations.take(pack.num_tokens)
         if segment.adapter_slot is None:
             raise ValueError(f"finetuning segment of pack {pack.pack_id} has no adapter slot")
         known = self._placements.get(pack.pack_id)

@@ -66,6 +66,11 @@ class LayerActivations:
         return tuple(getattr(self, each.name) for each in fields(self))
 
     @property
+    def num_rows(self) -> int:
+        """`T`."""
+        return self.mid.shape[-2]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all of them."""
         return sum(tensor.nbytes for tensor in self.tensors)

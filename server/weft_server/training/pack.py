@@ -43,7 +43,7 @@ class Pack:
     are the first tokens of its examples, with `n` appended; `trained` are the tokens that have a label,
     ascending, and `trained_ids` the same `[num_targets]` int64 on the device. `layer_inputs`
     `[L, n, hidden]`, `d_hidden` `[n, hidden]` (the cotangent at the backward cursor) and, if it keeps them,
-    `activations` `[L, n, ...]` live from the first window on.
+    `activations` `[L, at least n, ...]` live from the first window on.
     """
 
     pack_id: str
@@ -79,13 +79,12 @@ class Pack:
         window = slice(bisect_left(self.trained, first), bisect_left(self.trained, end))
         return self.trained_ids[window] - first
 
-    def allocate(self, config: ModelConfig, dtype: torch.dtype, *, keeps_activations: bool = False) -> None:
-        """Take the memory that the pack keeps between forward and backward (idempotent)."""
-        device, leading = self.token_ids.device, (config.num_layers, self.num_tokens)
+    def allocate(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Take the memory that every pack keeps between forward and backward (idempotent)."""
+        device = self.token_ids.device
         if self.layer_inputs is None:
-            self.layer_inputs = torch.empty((*leading, config.hidden_size), dtype=dtype, device=device)
-            if keeps_activations:
-                self.activations = LayerActivations.empty(config, leading, dtype, device)
+            shape = (config.num_layers, self.num_tokens, config.hidden_size)
+            self.layer_inputs = torch.empty(shape, dtype=dtype, device=device)
         if self.d_hidden is None:
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             self.d_hidden = torch.zeros((self.num_tokens, config.hidden_size), dtype=dtype, device=device)
@@ -103,11 +102,13 @@ class Pack:
         if self.activations is not None:
             self.activations[layer, window].copy_(activations[rows])
 
-    def drop_activations(self) -> None:
+    def drop_activations(self) -> LayerActivations | None:
         """Free what it keeps of its layers (at a layer boundary); the cotangent at the cursor, losses and
-        seeds stay."""
+        seeds stay. Returns the activations that it was given."""
+        activations = self.activations
         self.layer_inputs = self.activations = None
         self.d_keys.clear()
+        return activations
 
     def key_gradients(self, layer: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """This layer's key and value gradient accumulators, `[n, Hkv, D]` each: the same two tensors for all

@@ -142,7 +142,7 @@ def test_dropped_packs_are_not_counted_twice(make_setup: Setups) -> None:
         "max_train_tokens": 4096,
     }
     setup = make_setup(jobs=(job,), limits=limits)
-    prompts = [TraceRequest(0.2 + idx / 5, 1000, 10) for idx in range(8)]
+    prompts = [TraceRequest(0.2 + idx / 5, 1800, 10) for idx in range(8)]
     report = simulate((*prompts, TraceRequest(1000.0, 1, 1)), setup).report
     assert report.num_packs_dropped > 0
     twin = SimulatedJob(job, max_pack_tokens=setup.limits.max_pack_tokens, seed=setup.seed)
