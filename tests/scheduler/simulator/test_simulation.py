@@ -134,19 +134,19 @@ def test_a_job_that_ends_trains_exactly_its_tokens(make_setup: Setups) -> None:
 
 
 def test_dropped_packs_are_not_counted_twice(make_setup: Setups) -> None:
-    job = JobSpec("job-0", "trainer", batch_size=8, example_tokens=500, num_steps=60)
+    job = JobSpec("job-0", "trainer", batch_size=48, example_tokens=500, num_steps=10)
     limits = {
-        "num_blocks": 300,
+        "num_blocks": 1100,
         "inference_reserve_blocks": 8,
         "max_model_len": 2048,
-        "max_train_tokens": 4096,
+        "max_train_tokens": 24576,
     }
     setup = make_setup(jobs=(job,), limits=limits)
     prompts = [TraceRequest(0.2 + idx / 5, 1800, 10) for idx in range(8)]
     report = simulate((*prompts, TraceRequest(1000.0, 1, 1)), setup).report
     assert report.num_packs_dropped > 0
     twin = SimulatedJob(job, max_pack_tokens=setup.limits.max_pack_tokens, seed=setup.seed)
-    tokens = sum(pack.num_tokens for _ in range(60) for pack in twin.next_step())
+    tokens = sum(pack.num_tokens for _ in range(10) for pack in twin.next_step())
     assert report.trained_tokens == pytest.approx(tokens)
 
 
