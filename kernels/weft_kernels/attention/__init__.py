@@ -16,13 +16,16 @@ from torch import Tensor
 
 from weft_kernels.attention import reference
 from weft_kernels.attention.batch import AttentionBatch, AttentionChunk, DecodeRow, make_chunk
+from weft_kernels.attention.buffer import AttentionBuffer, AttentionRoom
 from weft_kernels.attention.tables import LARGE_TILE, MAX_HEAD_DIM, SMALL_TILE
 from weft_kernels.attention.training import KeyTarget, SavedAttention
 
 __all__ = [
     "LARGE_TILE",
     "AttentionBatch",
+    "AttentionBuffer",
     "AttentionChunk",
+    "AttentionRoom",
     "DecodeRow",
     "KeyTarget",
     "SavedAttention",
