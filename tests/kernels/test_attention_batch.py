@@ -105,7 +105,12 @@ def test_tables_hold_every_query_and_key_once_and_are_filled_up_with_nothing() -
         assert values[:4] == [chunk.row_start, chunk.num_tokens, chunk.num_keys, chunk.key_offset]
         first = values[4]
         assert torch.equal(tables.chunks.block_ids[first : first + len(chunk.block_ids)], chunk.block_ids)
-    for table in (tables.decode.parts, tables.decode.block_ids, tables.chunks.chunks, tables.chunks.query_tiles):
+    for table in (
+        tables.decode.parts,
+        tables.decode.block_ids,
+        tables.chunks.chunks,
+        tables.chunks.query_tiles,
+    ):
         assert table.storage_offset() % 4 == 0
 
 

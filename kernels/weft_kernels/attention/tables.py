@@ -209,7 +209,7 @@ def _tile_rows(chunks: Sequence[AttentionChunk], group: int) -> int:
 
 
 def list_query_tiles(chunks: Sequence[AttentionChunk], tile_tokens: int) -> list[int]:
-    """The values of `ChunkTables.query_tiles`, without padding. The programs that take longest start first."""
+    """The values of `ChunkTables.query_tiles`, without padding: the longest programs start first."""
     tiles = [
         (chunk.num_keys - chunk.num_tokens + first, idx, first)
         for idx, chunk in enumerate(chunks)

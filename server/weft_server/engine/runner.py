@@ -20,9 +20,11 @@ from weft_server.cache.kv import KvCache
 from weft_server.engine.batch import FlatBatch, PlacedSegment, build_batch
 from weft_server.engine.device_clock import DeviceClock
 from weft_server.engine.history import TokenHistory, needs_history
+from weft_server.engine.layer_graphs import LayerGraphs
 from weft_server.engine.logprobs import TopLogprobs, top_logprobs
 from weft_server.engine.sampler import SamplingRow, sample
 from weft_server.engine.sequence import Sequence as GeneratedSequence
+from weft_server.model.batch import TokenBatch
 from weft_server.model.decoder import Decoder
 from weft_server.protocol import TokenLogprob
 from weft_server.training.backward import PackPlacement, WindowedBackward
@@ -96,11 +98,21 @@ class Runner:
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KvCache, table: LoraTable, *, max_num_seqs: int, window_tokens: int
+        self,
+        decoder: Decoder,
+        cache: KvCache,
+        table: LoraTable,
+        *,
+        max_num_seqs: int,
+        window_tokens: int,
+        graphs: LayerGraphs | None = None,
     ) -> None:
+        """Over a decoder, its cache and its adapters; forward layers run as `graphs` where those hold the
+        batch."""
         self._decoder = decoder
         self._cache = cache
         self._table = table
+        self._graphs = graphs
         self._window_tokens = window_tokens
         self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
         self._max_fused_windows = _MAX_FUSED_TOKENS[decoder.device.type] // window_tokens
@@ -236,14 +248,20 @@ class Runner:
         for placed in trained:
             self._place_pack(placed)
         hidden = self._decoder.embed(batch.token_ids)
-        rotation = self._decoder.rotation(batch.tokens)
+        forward_layer = self._layers_of(hidden, batch.tokens)
         for layer in range(self._decoder.config.num_layers):
             for placed in trained:
                 self._keep_layer_input(layer, placed, hidden)
-            hidden = self._decoder.forward_layer(
-                layer, hidden, batch.tokens, self._cache, self._table, rotation
-            )
+            hidden = forward_layer(layer, hidden)
         return hidden
+
+    def _layers_of(self, hidden: Tensor, batch: TokenBatch) -> Callable[[int, Tensor], Tensor]:
+        """What computes a layer of this batch from its input; `hidden` is that of the first."""
+        if self._graphs is not None and (key := self._graphs.find(batch)) is not None:
+            return self._graphs.load(key, hidden, batch)
+        decoder, cache, table = self._decoder, self._cache, self._table
+        rotation = decoder.rotation(batch)
+        return lambda layer, x: decoder.forward_layer(layer, x, batch, cache, table, rotation)
 
     def _place_pack(self, placed: PlacedSegment) -> None:
         segment, config = placed.segment, self._decoder.config

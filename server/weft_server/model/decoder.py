@@ -89,9 +89,10 @@ class Decoder:
         cache: KvCache,
         table: LoraTable,
         rotation: Rotation,
+        out: Tensor | None = None,
     ) -> Tensor:
         """One layer over a flat batch `[T, hidden]`; writes its keys and values to the cache, then reads
-        them."""
+        them. The result goes to `out`, which may be `hidden` itself, if given."""
         weights = self.weights.layers[layer]
         x = self._norm(hidden, weights.input_norm)
         qkv = self._linear(weights.qkv, x, table, layer, QKV, self._qkv_widths, batch)
@@ -103,7 +104,7 @@ class Decoder:
         gate_up = self._linear(weights.gate_up, x, table, layer, GATE_UP, self._mlp_widths, batch)
         x = swiglu(gate_up)
         down = self._linear(weights.down, x, table, layer, DOWN, (self.config.hidden_size,), batch)
-        return down.add_(mid)
+        return down.add_(mid) if out is None else torch.add(down, mid, out=out)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: `[T, hidden]` to `[T, vocab]` in the compute dtype."""
