@@ -233,7 +233,11 @@ def _allocating(flag: str, size: int) -> Iterator[None]:
 
 
 def _layer_graphs(decoder: Decoder, cache: KvCache, arena: AdapterArena, sizes: Sizes) -> LayerGraphs | None:
-    """Captured graphs of all layers, where there can be any."""
+    """Captured graphs of all layers, where there can be any.
+
+    Raises:
+        ConfigError: the device or its driver refuses to capture.
+    """
     if not supports_graphs(decoder, cache):
         return None
     limits = BatchLimits(
@@ -242,7 +246,10 @@ def _layer_graphs(decoder: Decoder, cache: KvCache, arena: AdapterArena, sizes: 
         max_blocks=_BLOCK_TABLE_SHARE * cache.num_blocks,
     )
     graphs = LayerGraphs(decoder, cache, arena.table, limits, CudaCapture(decoder.device))
-    capture_graphs(graphs, decoder.device, max_bytes=sizes.max_graph_bytes)
+    try:
+        capture_graphs(graphs, decoder.device, max_bytes=sizes.max_graph_bytes)
+    except RuntimeError as error:
+        raise ConfigError(f"CUDA graphs cannot be captured; start with --enforce-eager. ({error})") from error
     return graphs
 
 

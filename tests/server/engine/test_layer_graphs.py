@@ -46,7 +46,7 @@ from weft_server.training.pack import Pack, make_pack
 DECODE, PREFILL, TRAIN = SegmentKind.DECODE, SegmentKind.PREFILL, SegmentKind.TRAIN
 OPS = (attention, int8, lora, nf4, norm, rope, swiglu)
 FUSED = (attention_fused, lora_fused, norm_fused, rope_fused, swiglu_fused)
-BLOCK_SIZE, NUM_BLOCKS, MAX_ROWS, MAX_SEQS = 4, 160, 64, 8
+BLOCK_SIZE, NUM_BLOCKS, MAX_ROWS, MAX_SEQS = 4, 160, 32, 8
 SLOTS = {"a": 0, "b": 1, "c": None, "d": 2, "pack": 2, "other": 0}
 RANKS = {0: 3, 1: 16, 2: 40}
 EXAMPLES = {"pack": (7, 9, 11), "other": (3, 12)}
@@ -55,19 +55,19 @@ CONTEXT = 80
 Work = Sequence[tuple[str, SegmentKind, int]]
 ITERATIONS: dict[str, Work] = {
     "prompts and windows": [
-        ("a", PREFILL, 14),
+        ("a", PREFILL, 8),
         ("b", PREFILL, 3),
-        ("c", PREFILL, 6),
+        ("c", PREFILL, 4),
         ("d", PREFILL, 1),
-        ("pack", TRAIN, 13),
-        ("other", TRAIN, 11),
+        ("pack", TRAIN, 8),
+        ("other", TRAIN, 7),
     ],
     "decode rows and windows": [
         ("a", DECODE, 1),
         ("b", DECODE, 1),
         ("c", DECODE, 1),
         ("d", PREFILL, 4),
-        ("pack", TRAIN, 10),
+        ("pack", TRAIN, 12),
     ],
     "decode rows of several adapters": [
         ("a", DECODE, 1),
@@ -262,7 +262,7 @@ def test_padded_replays_equal_layers_on_the_batch_itself_whatever_ran_before(wei
         capture_all(graphs, 1, 4, 16, MAX_ROWS)
     graphs._buckets[MAX_ROWS].hidden.fill_(torch.nan)
     keys = run_all(expected, actual, graphs, kernels)
-    assert [key.num_rows for key in keys] == [64, 64, 4, 1, 16, 16, 4]
+    assert [key.num_rows for key in keys] == [32, 32, 4, 1, 16, 16, 4]
     assert [key.variant.max_rank for key in keys] == [64, 64, 64, 0, 64, 64, 64]
     assert [key.variant.has_chunks for key in keys] == [True, True, False, False, True, True, False]
 
@@ -311,7 +311,7 @@ def test_the_runner_keeps_the_same_layer_inputs_losses_and_tokens(weights, make,
     pack, replayed = packs["pack"], replayed_packs["pack"]
     for name in ("layer_inputs", "d_hidden", "losses"):
         one, other = getattr(pack, name), getattr(replayed, name)
-        rows = slice(None, 13)
+        rows = slice(None, 8)
         one, other = (t[:, rows] if name == "layer_inputs" else t[rows] for t in (one, other))
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
 
