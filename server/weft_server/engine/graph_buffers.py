@@ -89,9 +89,11 @@ class Bucket:
         fits = self._attention.holds(batch.attention)
         return fits and (batch.lora is None or batch.lora.fits(self._lora))
 
-    def fill(self, hidden: torch.Tensor, batch: TokenBatch, rotation: Rotation) -> None:
-        """Replace what is there by a batch and its hidden states `[T, hidden]`, by copies on the current
-        stream. What the rows behind them hold is never read, but for their slots: none.
+    def fill(
+        self, hidden: torch.Tensor, batch: TokenBatch, rotation: Rotation, variant: GraphVariant
+    ) -> None:
+        """Replace what a variant reads by a batch and its hidden states `[T, hidden]`, by copies on the
+        current stream. What the rows behind them hold is never read, but for their slots: none.
 
         Raises:
             ValueError: a batch that the bucket does not hold.
@@ -103,9 +105,21 @@ class Bucket:
         for fixed, given in zip(self.rotation, rotation, strict=True):
             fixed[:num_rows].copy_(given)
         self._attention.fill(batch.attention)
-        if batch.lora is not None:
+        if variant.max_rank:
+            self._fill_adapters(batch)
+        if variant.has_dropout:
+            self._fill_dropout(batch, num_rows)
+
+    def _fill_adapters(self, batch: TokenBatch) -> None:
+        if batch.lora is None:
+            self._lora.fill((), (), ())
+        else:
             batch.lora.copy_to(self._lora)
-        if batch.dropout is not None:
+
+    def _fill_dropout(self, batch: TokenBatch, num_rows: int) -> None:
+        if batch.dropout is None or not batch.dropout.active:
+            self._dropout.p.zero_()
+        else:
             self._dropout.p[:num_rows].copy_(batch.dropout.p)
             self._dropout.keys[:num_rows].copy_(batch.dropout.keys)
 

@@ -103,7 +103,7 @@ class LayerGraphs:
             output `[T, hidden]`, in memory that the next layer overwrites.
         """
         bucket, layers, num_rows = self._buckets[key.num_rows], self._graphs[key], len(hidden)
-        bucket.fill(hidden, batch, self._decoder.rotation(batch))
+        bucket.fill(hidden, batch, self._decoder.rotation(batch), key.variant)
 
         def forward(layer: int, _: Tensor) -> Tensor:
             layers[layer]()

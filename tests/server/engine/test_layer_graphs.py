@@ -267,14 +267,20 @@ def test_padded_replays_equal_layers_on_the_batch_itself_whatever_ran_before(wei
     assert [key.variant.has_chunks for key in keys] == [True, True, False, False, True, True, False]
 
 
-def test_windows_that_drop_out_are_replayed_too(weights, make, kernels) -> None:
+def test_graphs_with_adapters_and_dropout_serve_batches_without_them(weights, make, kernels) -> None:
+    """Windows that drop out, then decode rows with adapters and without: one graph for all of them."""
     expected, actual = (World(weights, make, dropout_p=0.4) for _ in range(2))
     with kernels():
         graphs = actual.graphs(replay_by_issuing)
         capture_all(graphs, MAX_ROWS, dropout=True)
-    names = ("prompts and windows", "decode rows and windows")
+    names = (
+        "prompts and windows",
+        "decode rows and windows",
+        "one decode row without an adapter",
+        "decode rows of several adapters",
+    )
     keys = run_all(expected, actual, graphs, kernels, [ITERATIONS[name] for name in names])
-    assert all(key.variant.has_dropout for key in keys)
+    assert set(keys) == {GraphKey(MAX_ROWS, GraphVariant(True, 64, True))}
 
 
 def test_the_runner_keeps_the_same_layer_inputs_losses_and_tokens(weights, make, kernels) -> None:
