@@ -492,7 +492,7 @@ def test_captured_graphs_equal_layers_launched_one_kernel_at_a_time(
     expected, actual = (wide_world(make, cuda, quantization, dropout_p) for _ in range(2))
     graphs = actual.graphs(CudaCapture(cuda))
     capture_graphs(graphs, cuda, max_bytes=1 << 30)
-    keys = run_all(expected, actual, graphs, ExitStack, rtol=0.05, atol=0.05)
+    keys = run_all(expected, actual, graphs, ExitStack, rtol=0.05, atol=0.1)
     assert len({key.variant for key in keys}) >= 3
 
 
