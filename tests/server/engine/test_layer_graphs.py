@@ -268,18 +268,18 @@ def test_padded_replays_equal_layers_on_the_batch_itself_whatever_ran_before(wei
 
 
 def test_graphs_with_adapters_and_dropout_serve_batches_without_them(weights, make, kernels) -> None:
-    """Windows that drop out, then decode rows with adapters and without: one graph for all of them."""
+    """Windows that drop out; then, in the same rows, prompts without an adapter, and with one."""
     expected, actual = (World(weights, make, dropout_p=0.4) for _ in range(2))
     with kernels():
         graphs = actual.graphs(replay_by_issuing)
         capture_all(graphs, MAX_ROWS, dropout=True)
-    names = (
-        "prompts and windows",
-        "decode rows and windows",
-        "one decode row without an adapter",
-        "decode rows of several adapters",
-    )
-    keys = run_all(expected, actual, graphs, kernels, [ITERATIONS[name] for name in names])
+    iterations = [
+        ITERATIONS["prompts and windows"],
+        ITERATIONS["decode rows and windows"],
+        [("c", PREFILL, 20)],
+        [("d", PREFILL, 20)],
+    ]
+    keys = run_all(expected, actual, graphs, kernels, iterations)
     assert set(keys) == {GraphKey(MAX_ROWS, GraphVariant(True, 64, True))}
 
 
