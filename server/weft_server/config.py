@@ -46,6 +46,7 @@ class Settings:
     max_batch_tokens: int | None
     kv_cache_tokens: int | None
     no_prefix_cache: bool
+    enforce_eager: bool
     adapter_arena_mb: int | None
     gpu_memory_utilization: float
     max_queued_requests: int
@@ -236,6 +237,14 @@ OPTIONS: tuple[Option, ...] = (
         _switch,
         "true or false",
         "compute every prompt whole, even where its beginning is cached",
+        is_switch=True,
+    ),
+    Option(
+        "enforce_eager",
+        False,
+        _switch,
+        "true or false",
+        "GPU: capture no CUDA graphs",
         is_switch=True,
     ),
     _size("adapter_arena_mb", _MAX_INT, f"MiB for resident adapters; {_SIZED}"),

@@ -227,6 +227,7 @@ def _launch(settings: Settings, model_dir: Path, tenants: TenantRegistry) -> Eng
             flex_tpot_slo_ms=settings.flex_tpot_slo_ms,
             flex_ttft_slo_ms=settings.flex_ttft_slo_ms,
             prefix_cache=not settings.no_prefix_cache,
+            enforce_eager=settings.enforce_eager,
             tenant_weights=tenants.weights,
             tenant_max_concurrency=tenants.max_concurrency,
             log_level=settings.log_level,

@@ -23,6 +23,7 @@ from weft_kernels.attention import (
     make_chunk,
     reference,
 )
+from weft_kernels.attention.tables import keys_per_part
 
 CPU = torch.device("cpu")
 SCALE = 0.3
@@ -304,14 +305,15 @@ def test_a_batch_without_rows_is_nothing(implementation: Implementation) -> None
 def test_keys_of_decode_rows_are_split_over_programs(
     name: str, window: int | None, device: torch.device
 ) -> None:
-    """Lengths of less than one split, of exactly two, and of some and a key."""
+    """Lengths of less than one part, of exactly two, and of some and a key."""
     implementation = kernels(name, device)
     lengths = (5, 512, 1025, 700)
-    assert fused.num_splits(4, 2, 2048, 132) == 8
     paged = Paged(Heads(), [Span(1, 0, length) for length in lengths], implementation.dtype, device)
     out = fused.paged_attention(
         paged.q, paged.k_cache, paged.v_cache, paged.decode(), scale=SCALE, sliding_window=window
     )
+    shape = fused.table_shape(paged.q, paged.k_cache)
+    assert keys_per_part(lengths, shape) == 256
     assert_near(out, paged.defined(window)[0], implementation)
 
 

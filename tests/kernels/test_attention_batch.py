@@ -1,4 +1,4 @@
-"""How a batch is cut up: into groups of tiles for the reference, into tables and splits for the kernels."""
+"""How a batch is cut up: into groups of tiles for the reference, into tables and parts for the kernels."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft_kernels.attention import AttentionBatch, DecodeRow, fused, make_chunk
-from weft_kernels.attention.tables import AttentionTables, capacity
+from weft_kernels.attention import AttentionBatch, DecodeRow, make_chunk
+from weft_kernels.attention.tables import AttentionTables, TableShape, capacity, keys_per_part
 from weft_kernels.attention.tiles import MAX_SCORES, group_by_length, tile_groups
 
 CPU = torch.device("cpu")
@@ -59,22 +59,22 @@ def test_chunks_are_cut_into_groups_that_fit_the_caches(window: int | None) -> N
 
 
 @given(
-    num_rows=st.integers(1, 512),
-    num_kv_heads=st.integers(1, 64),
-    max_keys=st.integers(1, 1 << 20),
-    num_sms=st.integers(1, 200),
+    lengths=st.lists(st.integers(1, 1 << 17), min_size=1, max_size=256),
+    num_programs=st.integers(1, 300),
+    tile_keys=st.sampled_from([32, 64]),
 )
-def test_splits_keep_all_multiprocessors_busy_but_are_never_short(
-    num_rows: int, num_kv_heads: int, max_keys: int, num_sms: int
+def test_parts_keep_all_multiprocessors_busy_but_are_neither_short_nor_many(
+    lengths: list[int], num_programs: int, tile_keys: int
 ) -> None:
-    splits = fused.num_splits(num_rows, num_kv_heads, max_keys, num_sms)
-    assert splits & (splits - 1) == 0
-    assert 1 <= splits <= 32
-    assert splits == 1 or max_keys // splits >= 256
-    if num_rows * num_kv_heads >= 2 * num_sms:
-        assert splits == 1
-    elif splits < 32 and max_keys >= 512 * splits:
-        assert num_rows * num_kv_heads * splits * 2 > num_sms
+    shape = TableShape(group=4, tile_keys=tile_keys, num_programs=num_programs)
+    keys = keys_per_part(lengths, shape)
+    counts = [-(-length // keys) for length in lengths]
+    assert keys % tile_keys == 0
+    assert keys >= 256
+    assert max(counts) <= 32
+    assert sum(counts) <= len(lengths) + num_programs
+    if max(counts) < 32 and sum(lengths) >= 4 * num_programs * (256 + tile_keys):
+        assert 2 * sum(counts) > num_programs
 
 
 def test_tables_hold_every_query_and_key_once_and_are_filled_up_with_nothing() -> None:
@@ -84,12 +84,15 @@ def test_tables_hold_every_query_and_key_once_and_are_filled_up_with_nothing() -
         make_chunk(8, 1, 20, 90, torch.arange(30, 40), 16),
         make_chunk(9, 130, 2, 200, torch.arange(50, 70), 16),
     ]
-    tables = AttentionTables.build(AttentionBatch(rows, chunks), CPU, group=2, tile_keys=32)
+    shape = TableShape(group=2, tile_keys=32, num_programs=33)
+    tables = AttentionTables.build(AttentionBatch(rows, chunks), CPU, shape)
     assert tables.decode is not None
     assert tables.chunks is not None
-    assert tables.decode.lengths.tolist() == [40, 3, 7, 0]
-    assert tables.decode.block_ids.tolist() == [[0, 1, 2, 0], [3, 4, 5, 0], [6, 7, 8, 0], [0] * 4]
-    assert tables.decode.max_keys == 64
+    expected_rows = [[40, 0, 0, 1, 256], [3, 3, 1, 1, 256], [7, 6, 2, 1, 256], [0] * 5]
+    assert tables.decode.rows.tolist() == expected_rows
+    assert tables.decode.parts.tolist() == [[0, 0], [1, 0], [2, 0], [-1, 0]]
+    assert tables.decode.block_ids.tolist() == list(range(9))
+    assert not tables.decode.is_split
     for tiles, size, counts in (
         (tables.chunks.query_tiles, tables.chunks.tile_rows // 2, [c.num_tokens for c in chunks]),
         (tables.chunks.key_tiles, 32, [c.num_keys for c in chunks]),
@@ -102,7 +105,12 @@ def test_tables_hold_every_query_and_key_once_and_are_filled_up_with_nothing() -
         assert values[:4] == [chunk.row_start, chunk.num_tokens, chunk.num_keys, chunk.key_offset]
         first = values[4]
         assert torch.equal(tables.chunks.block_ids[first : first + len(chunk.block_ids)], chunk.block_ids)
-    for table in (tables.decode.block_ids, tables.chunks.chunks, tables.chunks.query_tiles):
+    for table in (
+        tables.decode.parts,
+        tables.decode.block_ids,
+        tables.chunks.chunks,
+        tables.chunks.query_tiles,
+    ):
         assert table.storage_offset() % 4 == 0
 
 
@@ -111,12 +119,12 @@ def test_batches_of_about_a_size_have_tables_of_one_size() -> None:
         table = torch.arange(300)
         chunk = make_chunk(num_decode, num_tokens, 0, num_keys, table, 16)
         rows = [DecodeRow(range(-(-num_keys // 16)), num_keys)] * num_decode
-        tables = AttentionTables.build(AttentionBatch(rows, [chunk]), CPU, group=4, tile_keys=64)
+        shape = TableShape(group=4, tile_keys=64, num_programs=33)
+        tables = AttentionTables.build(AttentionBatch(rows, [chunk]), CPU, shape)
         assert tables.decode is not None
         assert tables.chunks is not None
         return [
-            tables.decode.lengths.shape,
-            tables.decode.block_ids.shape,
+            tables.decode.rows.shape,
             tables.chunks.query_tiles.shape,
             tables.chunks.key_tiles.shape,
         ]

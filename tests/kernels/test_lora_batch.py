@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft_kernels.lora import LoraBatch
+from weft_kernels.lora import LoraBatch, LoraBuffer, LoraTable
 
 
 @st.composite
@@ -52,6 +52,41 @@ def test_tiles_partition_the_segments(runs: list[tuple[int, int, int]]) -> None:
         assert 0 < length <= batch.tile_rows
         covered[slot] += range(start, start + length)
     assert covered == {slot: list(range(start, end)) for slot, start, end in batch.segments}
+
+
+@given(disjoint_runs(), disjoint_runs())
+def test_a_batch_copied_to_a_buffer_is_what_had_been_built_over_it(
+    first: list[tuple[int, int, int]], second: list[tuple[int, int, int]]
+) -> None:
+    batches = [LoraBatch.build(runs, "cpu") for runs in (first, second)]
+    if None in batches:
+        return
+    copied, built = (LoraBuffer(600, 60, 16, "cpu") for _ in range(2))
+    for runs, batch in zip((first, second), batches, strict=True):
+        assert batch is not None
+        assert batch.fits(copied)
+        batch.copy_to(copied)
+        LoraBatch.build(runs, "cpu", built)
+        for name in ("token_idx", "tiles", "segments"):
+            assert torch.equal(getattr(copied, name), getattr(built, name))
+
+
+def test_a_batch_fits_a_buffer_with_rows_and_tiles_for_it() -> None:
+    batch = LoraBatch.build([(0, 0, 17), (1, 20, 1)], "cpu")
+    assert batch is not None
+    assert batch.fits(LoraBuffer(18, 3, 16, "cpu"))
+    assert batch.fits(LoraBuffer(18, 2, 32, "cpu"))
+    assert not batch.fits(LoraBuffer(17, 3, 16, "cpu"))
+    assert not batch.fits(LoraBuffer(18, 2, 16, "cpu"))
+
+
+def test_launches_may_be_sized_for_a_larger_rank() -> None:
+    table = LoraTable(torch.zeros(64), 2, 1, 1)
+    buffer = LoraBuffer(8, 2, 16, "cpu")
+    for max_rank, expected in ((None, 0), (64, 64)):
+        batch = LoraBatch.build([(0, 0, 1)], "cpu", buffer, max_rank)
+        assert batch is not None
+        assert batch.max_rank(table) == expected
 
 
 def test_a_contiguous_slot_is_a_slice() -> None:

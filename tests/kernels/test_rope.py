@@ -70,6 +70,23 @@ def test_queries_are_rotated_and_keys_and_values_reach_their_slots_and_no_other(
 
 
 @PATHS
+def test_a_row_with_a_negative_slot_is_not_written_and_its_neighbours_are(
+    path: ModuleType, device: torch.device
+) -> None:
+    qkv, rotation = random(4, 8 * 16, seed=1).to(device), make_rotation(4, 16)
+    rotation = Rotation(*(part.to(device) for part in rotation))
+    written = []
+    for slots in ([5, 9, 2, 11], [5, -1, 2, -1], [-1, -1, -1, -1]):
+        caches = [torch.full((3, 4, 2, 16), torch.nan, device=device) for _ in range(2)]
+        path.write_rotated(qkv, rotation, None, *caches, torch.tensor(slots, device=device))
+        written.append([cache.flatten(0, 1) for cache in caches])
+    for every, some, none in zip(*written, strict=True):
+        assert torch.equal(some[[5, 2]], every[[5, 2]])
+        assert int(some.isfinite().all(dim=(1, 2)).sum()) == 2
+        assert none.isnan().all()
+
+
+@PATHS
 @SHAPES
 @NORMS
 def test_the_backward_is_autograds(

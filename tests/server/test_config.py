@@ -33,7 +33,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert settings.max_model_len is settings.kv_cache_tokens is settings.tpot_slo_ms is None
     assert settings.data_dir.name == "weft"
     switches = [settings.no_auth, settings.low_memory, settings.redis_volatile, settings.no_prefix_cache]
-    assert switches == [False] * 4
+    assert [*switches, settings.enforce_eager] == [False] * 5
 
 
 def test_flag_beats_variable_beats_file_beats_default(tmp_path: Path) -> None:

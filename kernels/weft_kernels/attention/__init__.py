@@ -16,19 +16,25 @@ from torch import Tensor
 
 from weft_kernels.attention import reference
 from weft_kernels.attention.batch import AttentionBatch, AttentionChunk, DecodeRow, make_chunk
-from weft_kernels.attention.tables import LARGE_TILE, MAX_HEAD_DIM, SMALL_TILE
+from weft_kernels.attention.buffer import AttentionBuffer, AttentionRoom
+from weft_kernels.attention.tables import LARGE_TILE, MAX_HEAD_DIM, SMALL_TILE, TableShape
 from weft_kernels.attention.training import KeyTarget, SavedAttention
 
 __all__ = [
     "LARGE_TILE",
     "AttentionBatch",
+    "AttentionBuffer",
     "AttentionChunk",
+    "AttentionRoom",
     "DecodeRow",
     "KeyTarget",
     "SavedAttention",
+    "TableShape",
     "attention_backward",
+    "has_kernels",
     "make_chunk",
     "paged_attention",
+    "table_shape",
 ]
 
 
@@ -94,9 +100,20 @@ def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[K
     return reference.attention_backward(d_out, saved, targets)
 
 
+def has_kernels(dtype: torch.dtype, group: int, head_dim: int) -> bool:
+    """Whether CUDA tensors with `group` query heads to a key head go to the Triton kernels."""
+    return dtype != torch.float64 and group <= SMALL_TILE and head_dim <= MAX_HEAD_DIM
+
+
+def table_shape(q: Tensor, k_cache: Tensor) -> TableShape:
+    """What tables of batches of queries `[T, H, D]` over this cache are like, for an `AttentionBuffer`."""
+    from weft_kernels.attention import fused
+
+    return fused.table_shape(q, k_cache)
+
+
 def _use_kernels(q: Tensor, k_cache: Tensor) -> bool:
-    group = q.shape[1] // k_cache.shape[2]
-    return q.is_cuda and q.dtype != torch.float64 and group <= SMALL_TILE and q.shape[2] <= MAX_HEAD_DIM
+    return q.is_cuda and has_kernels(q.dtype, q.shape[1] // k_cache.shape[2], q.shape[2])
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, stats: Tensor | None) -> None:

@@ -53,16 +53,18 @@ def make_chunk(
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Decode rows come first in the flat batch, row `i` is `decode[i]`; the chunks follow in row order."""
+    """Decode rows come first in the flat batch, row `i` is `decode[i]`; the chunks follow in row order, then
+    `num_padding` rows that see nothing and whose output is undefined."""
 
     decode: Sequence[DecodeRow]
     chunks: Sequence[AttentionChunk]
+    num_padding: int = 0
     _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_rows(self) -> int:
         """T, the rows of the flat batch."""
-        return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks)
+        return len(self.decode) + sum(chunk.num_tokens for chunk in self.chunks) + self.num_padding
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` returned when it was first called for this key: whatever an implementation derives from

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from weft_kernels.attention.batch import AttentionBatch
@@ -23,13 +22,18 @@ from weft_kernels.attention.kernels import (
     key_grad_kernel,
     query_grad_kernel,
 )
-from weft_kernels.attention.tables import SMALL_TILE, AttentionTables, ChunkTables, DecodeTables
+from weft_kernels.attention.tables import (
+    MAX_PARTS,
+    SMALL_TILE,
+    AttentionTables,
+    ChunkTables,
+    DecodeTables,
+    TableShape,
+)
 from weft_kernels.attention.training import KeyTarget, SavedAttention
 from weft_kernels.transfer import upload_indices
 
 _NO_WINDOW = 1 << 30
-_MIN_SPLIT_KEYS = 256
-_MAX_SPLITS = 32
 _PROGRAMS_PER_SM = 2
 _DEFAULT_SMS = 132
 
@@ -69,12 +73,11 @@ def attention_backward(d_out: Tensor, saved: SavedAttention, targets: Sequence[K
     return d_q
 
 
-def num_splits(num_rows: int, num_kv_heads: int, max_keys: int, num_sms: int) -> int:
-    """Parts that each decode row's keys are split into: a power of two, so many that all multiprocessors have
-    work, but no part shorter than 256 keys."""
-    wanted = _PROGRAMS_PER_SM * num_sms // (num_rows * num_kv_heads)
-    most = min(wanted, max_keys // _MIN_SPLIT_KEYS, _MAX_SPLITS)
-    return 1 << (most.bit_length() - 1) if most > 1 else 1
+def table_shape(q: Tensor, k_cache: Tensor) -> TableShape:
+    """What the tables of any batch of queries `[T, H, D]` over this cache depend on."""
+    num_kv_heads = k_cache.shape[2]
+    num_programs = max(1, _PROGRAMS_PER_SM * _num_sms(q.device) // num_kv_heads)
+    return TableShape(q.shape[1] // num_kv_heads, _block_n(q), num_programs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +102,8 @@ class _Call:
     ) -> _Call:
         if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
             q = q.contiguous()
-        group = q.shape[1] // k_cache.shape[2]
-        tile_keys = _block_n(q)
-        tables = batch.once(
-            ("tables", group, tile_keys),
-            lambda: AttentionTables.build(batch, q.device, group=group, tile_keys=tile_keys),
-        )
+        shape = table_shape(q, k_cache)
+        tables = batch.once(shape, lambda: AttentionTables.build(batch, q.device, shape))
         return _Call(q, k_cache, v_cache, tables, scale, sliding_window or _NO_WINDOW)
 
     @property
@@ -112,31 +111,26 @@ class _Call:
         return self.k_cache.shape[2]
 
     def decode(self, tables: DecodeTables, out: Tensor) -> None:
-        num_rows = tables.lengths.shape[0]
-        max_keys = min(tables.max_keys, self.window)
-        splits = num_splits(num_rows, self.num_kv_heads, max_keys, _num_sms(self.q.device))
-        block_n = _block_n(self.q)
-        split_keys = triton.cdiv(triton.cdiv(max_keys, splits), block_n) * block_n
         num_heads, head_dim = self.q.shape[1:]
-        size = num_rows * num_heads * splits if splits > 1 else 0
+        size = tables.parts.shape[0] * num_heads if tables.is_split else 0
         partial = torch.empty((size, head_dim), dtype=torch.float32, device=self.q.device)
         partial_lse = torch.empty(size, dtype=torch.float32, device=self.q.device)
-        decode_kernel[(num_rows, self.num_kv_heads, splits)](
+        decode_kernel[(tables.parts.shape[0], self.num_kv_heads)](
             *(self.q, self.q.stride(0), self.k_cache, self.v_cache, out, partial, partial_lse),
-            *(tables.lengths, tables.block_ids, tables.block_ids.stride(0)),
-            *(self.num_kv_heads, splits, split_keys, self.scale * math.log2(math.e), self.window),
-            SPLIT=splits > 1,
+            *(tables.rows, tables.parts, tables.block_ids),
+            *(self.num_kv_heads, self.scale * math.log2(math.e), self.window),
+            SPLIT=tables.is_split,
             **self._sizes(),
             BLOCK_G=_padded(num_heads // self.num_kv_heads),
-            BLOCK_N=block_n,
+            BLOCK_N=_block_n(self.q),
             num_warps=4,
             num_stages=3,
         )
-        if splits > 1:
-            combine_kernel[(num_rows, num_heads)](
-                *(partial, partial_lse, out, tables.lengths, num_heads, splits, split_keys, self.window),
+        if tables.is_split:
+            combine_kernel[(tables.rows.shape[0], num_heads)](
+                *(partial, partial_lse, out, tables.rows, num_heads, self.window),
                 HEAD_DIM=head_dim,
-                BLOCK_S=_MAX_SPLITS,
+                BLOCK_S=MAX_PARTS,
                 BLOCK_D=_padded(head_dim),
                 num_warps=4,
             )

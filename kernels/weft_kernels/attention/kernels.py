@@ -1,4 +1,4 @@
-"""The Triton kernels of paged attention: decode rows in splits of their keys, chunks, and their backward.
+"""The Triton kernels of paged attention: decode rows in parts of their keys, chunks, and their backward.
 
 Unchecked device code; `fused.py` launches it. The algorithms are FlashAttention-2 (Dao 2023: online softmax,
 one pass over the keys per tile of queries; a backward that recomputes the weights from the log-sum-exp) and
@@ -9,7 +9,9 @@ The `GROUP` query heads that share a key head are computed by one program, so th
 once for all of them: a tile of queries is `[tokens · GROUP, D]`, its row `r` is token `r // GROUP` and head
 `r % GROUP` of the group. Products are in the inputs' type with fp32 accumulation, softmax in fp32, to base 2.
 
-Common arguments: `k_cache, v_cache` `[num_blocks, BLOCK_SIZE, Hkv, D]` contiguous; `chunks` `[·, 5]` of
+Common arguments: `k_cache, v_cache` `[num_blocks, BLOCK_SIZE, Hkv, D]` contiguous; `rows` `[·, 5]` of
+`(num_keys, block_start, first_part, num_parts, part_keys)` and `parts` `[·, 2]` of `(row, part)` as in
+`DecodeTables`; `chunks` `[·, 5]` of
 `(row_start, num_tokens, num_keys, key_offset, block_start)` and `tiles` `[·, 2]` of `(chunk, first)` as in
 `ChunkTables`; `window`: a row at position p sees keys in `(p - window, p]`. Keys at and past a sequence's end
 are never read, whatever is there.
@@ -45,7 +47,7 @@ def _online_softmax(scores, acc, maximum, total, values):
     return acc, new_maximum, total
 
 
-@triton.jit(do_not_specialize=[*_STATIC, "table_stride", "num_splits", "split_keys"])
+@triton.jit(do_not_specialize=_STATIC)
 def decode_kernel(
     q,
     q_stride,
@@ -54,12 +56,10 @@ def decode_kernel(
     out,
     partial,
     partial_lse,
-    lengths,
+    rows,
+    parts,
     block_ids,
-    table_stride,
     num_kv_heads,
-    num_splits,
-    split_keys,
     scale_log2,
     window,
     SPLIT: tl.constexpr,
@@ -70,18 +70,23 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`out[row, head] = softmax(scale · q kᵀ) v` over a split of the row's keys.
+    """`out[row, head] = softmax(scale · q kᵀ) v` over a part of the row's keys.
 
-    A program owns one row, one key head with its query heads, and `split_keys` keys. With SPLIT, the split's
-    output goes to `partial` `[S, H, num_splits, D]` fp32 and its log2-sum-exp2 to `partial_lse`.
+    A program owns one part of one row, and one key head with its query heads. With SPLIT, the output of a
+    part that is not its row's only one goes to `partial` `[P, H, D]` fp32 and its log2-sum-exp2 to
+    `partial_lse`.
     """
-    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1)
-    split = tl.program_id(2)
-    length = tl.load(lengths + row)
-    begin = tl.maximum(length - window, 0) + split * split_keys
-    end = tl.minimum(begin + split_keys, length)
+    row = tl.load(parts + place * 2).to(tl.int64)
+    part = tl.load(parts + place * 2 + 1)
+    entry = rows + tl.maximum(row, 0) * 5
+    length = tl.where(row < 0, 0, tl.load(entry))
+    part_keys = tl.load(entry + 4)
+    begin = tl.maximum(length - window, 0) + part * part_keys
+    end = tl.minimum(begin + part_keys, length)
     if begin < end:
+        row_blocks = block_ids + tl.load(entry + 1)
         g = tl.arange(0, BLOCK_G)
         d = tl.arange(0, BLOCK_D)
         n = tl.arange(0, BLOCK_N)
@@ -96,7 +101,7 @@ def decode_kernel(
         for first in range(begin, end, BLOCK_N):
             keys = first + n
             key_mask = keys < end
-            slots = _slots(block_ids + row * table_stride, keys, key_mask, BLOCK_SIZE)
+            slots = _slots(row_blocks, keys, key_mask, BLOCK_SIZE)
             offsets = (slots * num_kv_heads + h)[:, None] * HEAD_DIM + d[None, :]
             mask = key_mask[:, None] & (d < HEAD_DIM)[None, :]
             k = tl.load(k_cache + offsets, mask=mask, other=0.0)
@@ -105,8 +110,11 @@ def decode_kernel(
             scores = tl.where(key_mask[None, :], scores, float("-inf"))
             acc, maximum, total = _online_softmax(scores, acc, maximum, total, v)
         acc = acc / total[:, None]
+        is_part = False
         if SPLIT:
-            places = (row * num_kv_heads * GROUP + heads) * num_splits + split
+            is_part = tl.load(entry + 3) > 1
+        if is_part:
+            places = place * num_kv_heads * GROUP + heads
             tl.store(partial + places[:, None] * HEAD_DIM + d[None, :], acc, mask=head_mask)
             tl.store(partial_lse + places, maximum + tl.log2(total), mask=g < GROUP)
         else:
@@ -116,38 +124,39 @@ def decode_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["num_heads", "num_splits", "split_keys", "window"])
+@triton.jit(do_not_specialize=["num_heads", "window"])
 def combine_kernel(
     partial,
     partial_lse,
     out,
-    lengths,
+    rows,
     num_heads,
-    num_splits,
-    split_keys,
     window,
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """`out[row, head] = Σ_i w_i partial_i`, with `w = softmax(log-sum-exp)` over the row's splits.
+    """`out[row, head] = Σ_i w_i partial_i`, with `w = softmax(log-sum-exp)` over the row's parts.
 
-    A program owns one row and head. Splits that the row does not have were not written and are not read.
+    A program owns one row and head; a row of one part has its output already. Parts that the window has left
+    behind were not written and are not read.
     """
     row = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + row)
-    if length > 0:
-        place = row * num_heads + tl.program_id(1)
+    if tl.load(rows + row * 5 + 3) > 1:
+        length = tl.load(rows + row * 5)
+        first_part = tl.load(rows + row * 5 + 2).to(tl.int64)
+        part_keys = tl.load(rows + row * 5 + 4)
         s = tl.arange(0, BLOCK_S)
         d = tl.arange(0, BLOCK_D)
-        own = s * split_keys < tl.minimum(length, window)
-        lse = tl.load(partial_lse + place * num_splits + s, mask=own, other=float("-inf"))
+        own = s * part_keys < tl.minimum(length, window)
+        places = (first_part + s) * num_heads + tl.program_id(1)
+        lse = tl.load(partial_lse + places, mask=own, other=float("-inf"))
         weights = tl.exp2(lse - tl.max(lse, 0))
-        offsets = (place * num_splits + s)[:, None] * HEAD_DIM + d[None, :]
         mask = own[:, None] & (d < HEAD_DIM)[None, :]
-        parts = tl.load(partial + offsets, mask=mask, other=0.0)
+        parts = tl.load(partial + places[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
         combined = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-        tl.store(out + place * HEAD_DIM + d, combined.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+        at = (row * num_heads + tl.program_id(1)) * HEAD_DIM + d
+        tl.store(out + at, combined.to(out.dtype.element_ty), mask=d < HEAD_DIM)
 
 
 @triton.jit

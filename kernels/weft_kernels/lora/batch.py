@@ -62,10 +62,11 @@ class LoraBatch:
         max_row: the highest row used, for bounds checks.
 
     Built over a `LoraBuffer`, `token_idx` and the tables are the buffer's: longer than needed, with zeros and
-    empty tiles at the end, and overwritten by the next batch that is built over it.
+    empty tiles at the end, and overwritten by whatever fills it next.
     """
 
     __slots__ = (
+        "_fixed_rank",
         "_grad_pointers",
         "_groups",
         "_max_rank",
@@ -84,6 +85,7 @@ class LoraBatch:
         runs_by_slot: Mapping[int, list[tuple[int, int]]],
         device: torch.device,
         buffer: LoraBuffer | None = None,
+        max_rank: int | None = None,
     ) -> None:
         self._tables: tuple[Tensor, Tensor] | None
         segments: list[tuple[int, int, int]] = []
@@ -99,7 +101,7 @@ class LoraBatch:
         self.tile_rows = _tile_rows(max(end - start for _, start, end in segments))
         if buffer is not None:
             self.tile_rows = buffer.tile_rows
-            buffer.fill(index, self._tile_values(), self._segment_values())
+            buffer.fill(index, self._tile_values(self.tile_rows), self._segment_values())
             self.token_idx = buffer.token_idx
             self._tables = (buffer.tiles, buffer.segments)
         elif device.type == "cpu":
@@ -117,6 +119,7 @@ class LoraBatch:
         )
         self._grad_pointers: tuple[tuple[int, ...], Tensor] | None = None
         self._max_rank: tuple[LoraTable, int, int] | None = None
+        self._fixed_rank = max_rank
         self._runs_by_slot = runs_by_slot
         self._groups: RowGroups | None = None
 
@@ -151,11 +154,16 @@ class LoraBatch:
 
     @staticmethod
     def build(
-        runs: Sequence[tuple[int, int, int]], device: torch.device | str, buffer: LoraBuffer | None = None
+        runs: Sequence[tuple[int, int, int]],
+        device: torch.device | str,
+        buffer: LoraBuffer | None = None,
+        max_rank: int | None = None,
     ) -> "LoraBatch | None":
         """Sort runs `(slot, row_start, num_rows)` by slot; None if they hold no row at all.
 
-        Rows of one slot may come in several runs; rows that use no adapter are simply absent.
+        Rows of one slot may come in several runs; rows that use no adapter are simply absent. `max_rank` is
+        what launches are sized for, in place of the largest rank in the batch, which may not exceed it: for
+        graphs that serve later batches.
 
         Raises:
             ValueError: a negative slot, row or length, two runs that share a row, or more than `buffer`
@@ -175,7 +183,24 @@ class LoraBatch:
         if not by_slot:
             return None
         _check_disjoint(run for slot_runs in by_slot.values() for run in slot_runs)
-        return LoraBatch(by_slot, torch.device(device), buffer)
+        return LoraBatch(by_slot, torch.device(device), buffer, max_rank)
+
+    def fits(self, buffer: LoraBuffer) -> bool:
+        """Whether `copy_to` has room."""
+        num_tiles = self._num_tiles(buffer.tile_rows)
+        return self.num_rows <= buffer.token_idx.numel() and num_tiles <= buffer.tiles.shape[0]
+
+    def copy_to(self, buffer: LoraBuffer) -> None:
+        """Make it the batch of whatever was built, or captured, over `buffer`: by a copy on the current
+        stream.
+
+        Raises:
+            ValueError: more than the buffer holds.
+        """
+        index = [
+            row for slot, _, _ in self.segments for run in self._runs_by_slot[slot] for row in range(*run)
+        ]
+        buffer.fill(index, self._tile_values(buffer.tile_rows), self._segment_values())
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -196,7 +221,10 @@ class LoraBatch:
         return self._grad_pointers[1]
 
     def max_rank(self, table: LoraTable) -> int:
-        """The largest rank of any slot in the batch; 0 if none of them adapts anything."""
+        """The largest rank of any slot in the batch (or what was given in its place); 0 if none of them
+        adapts anything."""
+        if self._fixed_rank is not None:
+            return self._fixed_rank
         known = self._max_rank
         if known is None or known[0] is not table or known[1] != table.version:
             rank = max(table.max_rank(slot) for slot, _, _ in self.segments)
@@ -205,21 +233,24 @@ class LoraBatch:
 
     def _table_values(self) -> list[int]:
         """Tiles, padding, segments: see `_padded`."""
-        tiles = self._tile_values()
+        tiles = self._tile_values(self.tile_rows)
         return tiles + [0] * (_padded(len(tiles)) - len(tiles)) + self._segment_values()
 
-    def _tile_values(self) -> list[int]:
+    def _tile_values(self, tile_rows: int) -> list[int]:
         values: list[int] = []
         for slot, start, end in self.segments:
-            for tile in range(start, end, self.tile_rows):
-                values += (slot, tile, min(self.tile_rows, end - tile))
+            for tile in range(start, end, tile_rows):
+                values += (slot, tile, min(tile_rows, end - tile))
         return values
+
+    def _num_tiles(self, tile_rows: int) -> int:
+        return sum(-(-(end - start) // tile_rows) for _, start, end in self.segments)
 
     def _segment_values(self) -> list[int]:
         return [value for slot, start, end in self.segments for value in (slot, start, end - start)]
 
     def _split_tables(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        num_tiles = sum(-(-(end - start) // self.tile_rows) for _, start, end in self.segments)
+        num_tiles = self._num_tiles(self.tile_rows)
         tiles, segments = values[: 3 * num_tiles], values[_padded(3 * num_tiles) :]
         return tiles.view(-1, 3), segments.view(-1, 3)
 

@@ -1,9 +1,9 @@
 """Device memory of fixed place and size for the tables of a LoRA batch.
 
 A CUDA graph repeats launches with the addresses, grids and tile sizes that it was captured with. Captured
-over a batch that is built on a `LoraBuffer`, it serves every later batch that is built on the same buffer:
-tiles past the end have no rows, and their programs end at once. Tile rows and the bucket of the largest rank
-are part of what was captured; who keeps graphs keeps one for each of those.
+over a batch that is built on a `LoraBuffer`, it serves every later batch that is copied to the same buffer:
+tiles past the end have no rows, and their programs end at once. Tile rows and the largest rank that there may
+be are part of what was captured; who keeps graphs keeps one for each of those.
 """
 
 from collections.abc import Sequence

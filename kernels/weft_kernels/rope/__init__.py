@@ -33,7 +33,8 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class KvSlots:
     """Where a batch's keys and values go: one layer's cache `[num_blocks, block_size, Hkv, D]` of each, and
-    `slot_mapping` `[T]` int64 (block id · block size + offset)."""
+    `slot_mapping` `[T]` int64 (block id · block size + offset; a row whose slot is negative is padding and
+    goes nowhere)."""
 
     keys: Tensor
     values: Tensor

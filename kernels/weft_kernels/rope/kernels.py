@@ -74,7 +74,8 @@ def rotate_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Norm and rotate query and key heads; queries go to `q`, keys and values to their slots of the cache.
+    """Norm and rotate query and key heads; queries go to `q`, keys and values to their slots of the cache,
+    unless the row's slot is negative.
 
     Without WRITES there is no cache, and programs of query heads alone are launched.
     """
@@ -96,11 +97,15 @@ def rotate_kernel(
         if head < num_heads:
             _store(q + (row * num_heads + head) * (2 * HALF), out_a, out_b, HEADS, HALF, BLOCK)
         elif WRITES:
-            at = (tl.load(slots + row) * num_kv_heads + head - num_heads) * (2 * HALF)
-            _store(k_cache + at, out_a, out_b, HEADS, HALF, BLOCK)
+            slot = tl.load(slots + row)
+            if slot >= 0:
+                at = (slot * num_kv_heads + head - num_heads) * (2 * HALF)
+                _store(k_cache + at, out_a, out_b, HEADS, HALF, BLOCK)
     elif WRITES:
-        at = (tl.load(slots + row) * num_kv_heads + head - num_heads - num_kv_heads) * (2 * HALF)
-        _store(v_cache + at, a, b, HEADS, HALF, BLOCK)
+        slot = tl.load(slots + row)
+        if slot >= 0:
+            at = (slot * num_kv_heads + head - num_heads - num_kv_heads) * (2 * HALF)
+            _store(v_cache + at, a, b, HEADS, HALF, BLOCK)
 
 
 @triton.jit

@@ -36,8 +36,12 @@ def write_rotated(
     heads = qkv.view(len(qkv), -1, k_cache.shape[3])
     num_heads = heads.shape[1] - 2 * num_kv_heads
     qk = apply_rope(_normed(heads[:, : num_heads + num_kv_heads], norms, num_heads), *rotation)
-    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, qk[:, num_heads:])
-    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, heads[:, num_heads + num_kv_heads :])
+    k, v = qk[:, num_heads:], heads[:, num_heads + num_kv_heads :]
+    if len(qkv) and slot_mapping.min() < 0:
+        written = slot_mapping >= 0
+        k, v, slot_mapping = k[written], v[written], slot_mapping[written]
+    k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k)
+    v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v)
     return qk[:, :num_heads]
 
 

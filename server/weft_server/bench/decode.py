@@ -1,14 +1,16 @@
 """`weft bench decode`: generation with several adapters, through the real engine, beside transformers + PEFT.
 
-Three questions: how many tokens a second for requests that mix adapters; what distinct adapters add to an
-iteration, against the time of their bytes; and what share of the bandwidth roofline one stream reaches.
+How many tokens a second for requests that mix adapters; what distinct adapters add to an iteration, against
+the time of their bytes; what share of the bandwidth roofline one stream reaches; and, on a GPU, what captured
+graphs save.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 from weft_server.adapters.packed import PackedAdapter
@@ -46,13 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
     # Before an engine is built over them: it may lay weights out once more, for its backward passes.
     weight_bytes = sum(layer.num_bytes for layer in weights.layers) + weights.lm_head.nbytes
     adapters = [setting.model.adapter(seed) for seed in range(sizes.num_distinct)]
-    engine = BenchEngine(
+    build_engine = partial(
+        BenchEngine,
         weights,
         max_num_seqs=max(NUM_REQUESTS, sizes.num_distinct),
         cache_tokens=2 * sizes.num_distinct * (sizes.prompt + sizes.answer + 16),
         # An engine lends requests half of its arena.
         arena_bytes=3 * sum(adapter.num_elements for adapter in adapters) * weights.dtype.itemsize,
     )
+    engine = build_engine()
     try:
         references = [engine.store(adapter) for adapter in adapters]
         threads = Threads(report, setting)
@@ -61,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         measure_mixed(report, setting, threads, engine, adapters, references, sizes)
         measure_adapter_cost(report, setting, threads, engine, adapters, references, sizes, ceilings)
         measure_single_stream(report, setting, threads, engine, weight_bytes, sizes, ceilings)
+        if setting.on_gpu:
+            measure_graphs(report, setting, threads, engine, build_engine, adapters, sizes)
     finally:
         engine.close()
     report.finish(arguments.out)
@@ -214,6 +220,38 @@ def measure_single_stream(
             at_least=40,
             unit=" %",
         )
+
+
+def measure_graphs(
+    report: Report,
+    setting: Setting,
+    threads: Threads,
+    engine: BenchEngine,
+    build_engine: Callable[..., BenchEngine],
+    adapters: Sequence[PackedAdapter],
+    sizes: Sizes,
+) -> None:
+    """Decode iterations of the same requests with captured graphs, and with kernels launched one by one."""
+    prompts = random_tokens(NUM_REQUESTS, sizes.prompt, setting.vocab_size, setting.seed + 3)
+    eager = build_engine(enforce_eager=True)
+    try:
+        calls = {}
+        for name, one in (("graphs", engine), ("eager", eager)):
+            chosen = [one.store(adapters[idx % NUM_MIXED_ADAPTERS]) for idx in range(NUM_REQUESTS)]
+
+            def iteration(one: BenchEngine = one, chosen: Sequence[AdapterRef] = chosen) -> float:
+                answer = one.generate(prompts, chosen, max_tokens=sizes.answer)
+                return answer.decode_s / (answer.num_decoded / NUM_REQUESTS)
+
+            calls[name] = threads.under("Weft, decode", iteration)
+        timings = take_turns(setting, calls, min_rounds=5)
+    finally:
+        eager.close()
+    table = report.table(
+        f"{NUM_REQUESTS} requests over {NUM_MIXED_ADAPTERS} adapters, ms/iteration",
+        ("CUDA graphs", "launched one by one"),
+    )
+    table.add(1000 * median(timings["graphs"]), 1000 * median(timings["eager"]))
 
 
 def add_rates(report: Report, measure: str, timings: Timings, absent: str | None) -> float | None:

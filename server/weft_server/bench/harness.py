@@ -68,6 +68,7 @@ class BenchEngine:
         cache_tokens: tokens of the KV cache.
         arena_bytes: of the adapter arena.
         policy: how iterations are shared; a server's by default.
+        enforce_eager: on a GPU, launch kernels one by one.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class BenchEngine:
         cache_tokens: int,
         arena_bytes: int,
         policy: Policy | None = None,
+        enforce_eager: bool = False,
     ) -> None:
         self._blobs: dict[str, bytes] = {}
         config = in_process_config(
@@ -85,6 +87,7 @@ class BenchEngine:
             max_num_seqs=max_num_seqs,
             kv_cache_tokens=cache_tokens,
             adapter_arena_mb=max(1, -(-arena_bytes // _MB)),
+            enforce_eager=enforce_eager,
         )
         blobs = BlobIO(self._blobs.__getitem__, self._put)
         built = assemble_engine(config, weights, blobs, base_fingerprint="bench", policy=policy)

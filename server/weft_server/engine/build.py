@@ -28,7 +28,10 @@ from weft_server.cache.kv import KvCache
 from weft_server.engine.calibration import calibrate
 from weft_server.engine.config import EngineConfig
 from weft_server.engine.engine import Engine
+from weft_server.engine.graph_buffers import BatchLimits
+from weft_server.engine.graph_capture import CudaCapture, capture_graphs
 from weft_server.engine.jobs import BaseFacts, BlobIO, JobManager
+from weft_server.engine.layer_graphs import LayerGraphs, supports_graphs
 from weft_server.engine.paging import AdapterPager
 from weft_server.engine.runner import Runner
 from weft_server.engine.sizing import (
@@ -58,6 +61,8 @@ _PINNED_FILL = 15 / 16
 """Part of the pinned adapters' region that is offered: the rest is for the alignment of their tensors."""
 _GRAD_LAYOUT_SHARE = 0.25
 """Part of the free memory that finetuning's own layout of the weights may take."""
+_BLOCK_TABLE_SHARE = 2
+"""Block tables of graphs have room for every block so many times: sequences may share a prefix."""
 _DEFAULT_TTFT_S = {"cuda": 2.0, "cpu": 5.0}
 _DEFAULT_CUDA_TPOT_S = 0.050
 _CPU_TPOT_FACTOR = 2.0
@@ -157,10 +162,15 @@ def assemble_engine(
             dtype=weights.dtype,
             device=device,
         )
-    runner = Runner(
-        decoder, cache, arena.table, max_num_seqs=limits.max_num_seqs, window_tokens=limits.window_tokens
-    )
     warm_up(decoder, cache, arena, Path(config.data_dir) / PLAN_FILE if config.data_dir else None)
+    runner = Runner(
+        decoder,
+        cache,
+        arena.table,
+        max_num_seqs=limits.max_num_seqs,
+        window_tokens=limits.window_tokens,
+        graphs=None if config.enforce_eager else _layer_graphs(decoder, cache, arena, sizes),
+    )
     calibration = calibrate(runner, limits, arena, model.module_shapes)
     targets = _targets(config, device, calibration.unloaded_decode_s)
     cost = CostModel()
@@ -220,6 +230,27 @@ def _allocating(flag: str, size: int) -> Iterator[None]:
         raise ConfigError(
             f"{flag} is {size}, and that much memory cannot be allocated; give a smaller {flag}. ({error})"
         ) from error
+
+
+def _layer_graphs(decoder: Decoder, cache: KvCache, arena: AdapterArena, sizes: Sizes) -> LayerGraphs | None:
+    """Captured graphs of all layers, where there can be any.
+
+    Raises:
+        ConfigError: the device or its driver refuses to capture.
+    """
+    if not supports_graphs(decoder, cache):
+        return None
+    limits = BatchLimits(
+        max_rows=sizes.limits.max_batch_tokens,
+        max_num_seqs=sizes.limits.max_num_seqs,
+        max_blocks=_BLOCK_TABLE_SHARE * cache.num_blocks,
+    )
+    graphs = LayerGraphs(decoder, cache, arena.table, limits, CudaCapture(decoder.device))
+    try:
+        capture_graphs(graphs, decoder.device, max_bytes=sizes.max_graph_bytes)
+    except RuntimeError as error:
+        raise ConfigError(f"CUDA graphs cannot be captured; start with --enforce-eager. ({error})") from error
+    return graphs
 
 
 def _targets(config: EngineConfig, device: torch.device, unloaded_decode_s: float) -> LatencyTargets:

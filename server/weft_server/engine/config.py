@@ -39,6 +39,7 @@ class EngineConfig:
     flex_tpot_slo_ms: float | None = None
     flex_ttft_slo_ms: float | None = None
     prefix_cache: bool = True
+    enforce_eager: bool = False
     tenant_weights: dict[str, float] | None = None
     tenant_max_concurrency: dict[str, int] | None = None
     log_level: str = "info"

@@ -20,9 +20,12 @@ from weft_server.cache.kv import KvCache
 from weft_server.engine.batch import FlatBatch, PlacedSegment, build_batch
 from weft_server.engine.device_clock import DeviceClock
 from weft_server.engine.history import TokenHistory, needs_history
+from weft_server.engine.layer_graphs import LayerGraphs
 from weft_server.engine.logprobs import TopLogprobs, top_logprobs
 from weft_server.engine.sampler import SamplingRow, sample
 from weft_server.engine.sequence import Sequence as GeneratedSequence
+from weft_server.model.activations import LayerActivations
+from weft_server.model.batch import TokenBatch
 from weft_server.model.decoder import Decoder
 from weft_server.protocol import TokenLogprob
 from weft_server.training.activation_pool import ActivationPool
@@ -97,11 +100,21 @@ class Runner:
     """
 
     def __init__(
-        self, decoder: Decoder, cache: KvCache, table: LoraTable, *, max_num_seqs: int, window_tokens: int
+        self,
+        decoder: Decoder,
+        cache: KvCache,
+        table: LoraTable,
+        *,
+        max_num_seqs: int,
+        window_tokens: int,
+        graphs: LayerGraphs | None = None,
     ) -> None:
+        """Over a decoder, its cache and its adapters; forward layers run as `graphs` where those hold the
+        batch."""
         self._decoder = decoder
         self._cache = cache
         self._table = table
+        self._graphs = graphs
         self._window_tokens = window_tokens
         self._backward = WindowedBackward(decoder, cache, table, window_tokens=window_tokens)
         self._activations = ActivationPool(decoder.config, decoder.dtype, decoder.device)
@@ -244,17 +257,30 @@ class Runner:
         trained = batch.of_kind(SegmentKind.TRAIN)
         for placed in trained:
             self._place_pack(placed)
+        keeping = [placed for placed in trained if placed.segment.keeps_activations]
         hidden = self._decoder.embed(batch.token_ids)
-        rotation = self._decoder.rotation(batch.tokens)
+        forward_layer = self._layers_of(hidden, batch.tokens)
         for layer in range(self._decoder.config.num_layers):
-            layer_input = hidden
-            hidden, acts = self._decoder.forward_layer(
-                layer, layer_input, batch.tokens, self._cache, self._table, rotation
-            )
             for placed in trained:
-                pack = self._packs[placed.segment.sequence_id]
-                pack.keep(layer, placed.segment.start, placed.rows, layer_input, acts)
+                self._packs[placed.segment.sequence_id].keep_input(
+                    layer, placed.segment.start, hidden[placed.rows]
+                )
+            hidden, acts = forward_layer(layer, hidden)
+            for placed in keeping:
+                self._packs[placed.segment.sequence_id].keep_activations(
+                    layer, placed.segment.start, acts[placed.rows]
+                )
         return hidden
+
+    def _layers_of(
+        self, hidden: Tensor, batch: TokenBatch
+    ) -> Callable[[int, Tensor], tuple[Tensor, LayerActivations]]:
+        """What computes a layer of this batch from its input; `hidden` is that of the first."""
+        if self._graphs is not None and (key := self._graphs.find(batch)) is not None:
+            return self._graphs.load(key, hidden, batch)
+        decoder, cache, table = self._decoder, self._cache, self._table
+        rotation = decoder.rotation(batch)
+        return lambda layer, x: decoder.forward_layer(layer, x, batch, cache, table, rotation)
 
     def _place_pack(self, placed: PlacedSegment) -> None:
         segment, config = placed.segment, self._decoder.config

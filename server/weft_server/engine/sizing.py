@@ -20,6 +20,8 @@ BLOCK_SIZE = 16
 NUM_ADAPTER_SLOTS = 256
 TRAINING_ADAPTER_SHARE = 0.375
 PINNED_ADAPTER_SHARE = 0.125
+GRAPH_SHARE = 0.05
+"""Of the usable memory; cache, arena and activations leave a tenth, whose other half is scratch."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MAX_CPU_CACHE_TOKENS = 1 << 18
@@ -136,11 +138,15 @@ def _cgroup_limit_bytes() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The scheduler's limits, and what else the engine allocates by."""
+    """The scheduler's limits, and what else the engine allocates by.
+
+    `max_graph_bytes` is what captured graphs and their scratch may take.
+    """
 
     limits: Limits
     max_pack_tokens: int
     pipeline_depth: int
+    max_graph_bytes: int = 1 << 30
 
 
 def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
@@ -195,7 +201,12 @@ def choose_sizes(config: EngineConfig, weights: DecoderWeights) -> Sizes:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Sizes(limits, min(defaults.max_pack_tokens, limits.max_pack_tokens), defaults.pipeline_depth)
+    return Sizes(
+        limits,
+        min(defaults.max_pack_tokens, limits.max_pack_tokens),
+        defaults.pipeline_depth,
+        int(usable * GRAPH_SHARE),
+    )
 
 
 def _usable_bytes(config: EngineConfig, device: torch.device) -> int:

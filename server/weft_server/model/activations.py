@@ -3,7 +3,7 @@ backward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -77,7 +77,11 @@ class LayerActivations:
 
     def __getitem__(self, idx: slice | int | tuple[int, slice]) -> LayerActivations:
         """Views of the same part of all of them."""
-        return LayerActivations(*(tensor[idx] for tensor in self.tensors))
+        return self.map(lambda tensor: tensor[idx])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerActivations:
+        """A function of each of them."""
+        return LayerActivations(*map(function, self.tensors))
 
     def copy_(self, source: LayerActivations) -> None:
         """Overwrite them."""

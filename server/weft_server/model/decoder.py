@@ -98,9 +98,11 @@ class Decoder:
         cache: KvCache,
         table: LoraTable,
         rotation: Rotation,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, LayerActivations]:
         """One layer over a flat batch `[T, hidden]`; writes its keys and values to the cache, then reads
-        them. Returns its output `[T, hidden]`, and what led to it."""
+        them. Returns its output `[T, hidden]`, and what led to it. The output goes to `out`, which may be
+        `hidden` itself, if given."""
         weights = self.weights.layers[layer]
         qkv = self._project(layer, hidden, batch, table)
         slots = KvSlots(cache.keys[layer], cache.values[layer], batch.slot_mapping)
@@ -108,7 +110,8 @@ class Decoder:
         acts = self._attend(layer, hidden, qkv, q, batch, cache, table)
         product = swiglu(acts.gate_up)
         down = self._linear(weights.down, product, table, layer, DOWN, (self.config.hidden_size,), batch)
-        return down.add_(acts.mid), acts
+        output = down.add_(acts.mid) if out is None else torch.add(down, acts.mid, out=out)
+        return output, acts
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: `[T, hidden]` to `[T, vocab]` in the compute dtype."""

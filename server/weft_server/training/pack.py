@@ -91,16 +91,15 @@ class Pack:
             self.losses = torch.zeros(self.num_tokens, dtype=wide, device=device)
             self.correct = torch.zeros(self.num_tokens, dtype=torch.bool, device=device)
 
-    def keep(
-        self, layer: int, first: int, rows: slice, layer_input: Tensor, activations: LayerActivations
-    ) -> None:
-        """Tokens from `first` on have gone through a layer as `rows` of a batch: with this input
-        `[T, hidden]`, and what it computed."""
-        window = slice(first, first + rows.stop - rows.start)
+    def keep_input(self, layer: int, first: int, rows: Tensor) -> None:
+        """Tokens from `first` on enter a layer as `rows` `[m, hidden]`."""
         if self.layer_inputs is not None:
-            self.layer_inputs[layer, window] = layer_input[rows]
+            self.layer_inputs[layer, first : first + len(rows)] = rows
+
+    def keep_activations(self, layer: int, first: int, activations: LayerActivations) -> None:
+        """Tokens from `first` on have gone through a layer, which has computed this."""
         if self.activations is not None:
-            self.activations[layer, window].copy_(activations[rows])
+            self.activations[layer, first : first + activations.num_rows].copy_(activations)
 
     def drop_activations(self) -> LayerActivations | None:
         """Free what it keeps of its layers (at a layer boundary); the cotangent at the cursor, losses and
