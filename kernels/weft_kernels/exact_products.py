@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ def bf16_valued(dtype: torch.dtype) -> Iterator[None]:
     otherwise, and processors with bf16 units compute it there. The setting is the process's: no other thread
     may multiply float32 matrices meanwhile. Without effect where PyTorch does not offer it.
     """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if dtype != torch.bfloat16 or not hasattr(matmul, "fp32_precision"):
         yield
         return
