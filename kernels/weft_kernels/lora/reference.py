@@ -115,13 +115,23 @@ def _add_even(
     end = run.first + len(groups) * run.length
     x_rows = x[run.first : end].view(len(groups), run.length, -1)
     y_rows = y[run.first : end].view(len(groups), run.length, -1)
-    # Copied side by side: the library would else copy, and transpose, what does not lie so.
-    stacked_a = torch.stack([group.stacked_a for group in groups if group.stacked_a is not None])
+    stacked_a = _side_by_side([group.stacked_a for group in groups if group.stacked_a is not None])
     v = torch.bmm(x_rows, stacked_a.mT)
     for i, (member, entry, first, last) in enumerate(groups[0].members):
         start, stop = columns[member]
-        stacked_b = torch.stack([group.members[i][1].b for group in groups])
+        stacked_b = _side_by_side([group.members[i][1].b for group in groups])
         y_rows[:, :, start:stop].baddbmm_(v[:, :, first:last], stacked_b, alpha=entry.scale)
+
+
+def _side_by_side(matrices: Sequence[Tensor]) -> Tensor:
+    """Equal views of one arena as `[adapters, ...]`: without a copy where they lie at even distances, as
+    adapters that were loaded one after the other do."""
+    first, second = matrices[0], matrices[1]
+    step = second.storage_offset() - first.storage_offset()
+    offsets = [matrix.storage_offset() for matrix in matrices]
+    if step <= 0 or offsets != list(range(offsets[0], offsets[0] + step * len(matrices), step)):
+        return torch.stack(list(matrices))
+    return first.as_strided((len(matrices), *first.shape), (step, *first.stride()))
 
 
 def _segments(batch: LoraBatch) -> list[tuple[int, slice | Tensor]]:
