@@ -83,8 +83,7 @@ def _add_stacked(
     few: FewRows,
     columns: Sequence[tuple[int, int]],
 ) -> None:
-    x_rows = _take(x, few.rows)
-    v = cache.clear_foreign(stack.a.product(x_rows), stack, few)
+    v = cache.clear_foreign(stack.a.product(_take(x, few.rows)), stack, few)
     for block in stack.blocks:
         start, end = columns[block.first_member][0], columns[block.end_member - 1][1]
         _add_rows(y, few.rows, start, end, block.b.product(v[:, block.rank_start : block.rank_end]), 1.0)
