@@ -64,5 +64,5 @@ def _reorder(weight: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, reordered: Tensor, bias: Tensor | None) -> Tensor:
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, reordered, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, reordered, bias, "none", [], "")
     return y

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from weft_kernels.exact_products import bf16_valued
 from weft_kernels.lora.batch import EvenRun, FewRows, LoraBatch
 from weft_kernels.lora.dropout import LoraDropout, dropout_mask
 from weft_kernels.lora.stacks import GroupStack, StackCache
 from weft_kernels.lora.table import LoraGroup, LoraTable
+from weft_kernels.lora.widening import Widener
 
 
 def lora_forward(
@@ -38,11 +40,10 @@ def lora_forward(
         if group is None:
             continue
         x_rows = _take(x, rows)
-        masks = _masks(dropout, rows, layer, modules, group)
-        shrunk = _shrink(x_rows, group, masks)
-        for (member, entry, _, _), v in zip(group.members, shrunk, strict=True):
+        v = _shrink(x_rows, group, _masks(dropout, rows, layer, modules, group))
+        for member, entry, first, last in group.members:
             start, end = columns[member]
-            _add_product(y, rows, start, end, v, _as(entry.b, x), entry.scale)
+            _add_product(y, rows, start, end, v[:, first:last], _as(entry.b, x), entry.scale)
 
 
 def _add_together(
@@ -82,7 +83,7 @@ def _add_stacked(
     few: FewRows,
     columns: Sequence[tuple[int, int]],
 ) -> None:
-    v = cache.keep_own(stack.a.product(_take(x, few.rows)), stack, few)
+    v = cache.clear_foreign(stack.a.product(_take(x, few.rows)), stack, few)
     for block in stack.blocks:
         start, end = columns[block.first_member][0], columns[block.end_member - 1][1]
         _add_rows(y, few.rows, start, end, block.b.product(v[:, block.rank_start : block.rank_end]), 1.0)
@@ -160,23 +161,25 @@ def lora_backward(
         u = dy_rows.new_empty(dy_rows.shape[0], group.num_ranks)
         for member, entry, first, last in group.members:
             start, end = columns[member]
-            torch.mm(dy_rows[:, start:end], _as(entry.b, dy).mT, out=u[:, first:last]).mul_(entry.scale)
+            u[:, first:last].addmm_(dy_rows[:, start:end], _as(entry.b, dy).mT, beta=0, alpha=entry.scale)
         _add_input_grad(dx, rows, u, group, masks)
         if slot in grads:
-            _add_weight_grads(grads[slot], _take(x, rows), dy_rows, u, group, columns, masks)
+            x_rows, widener = _take(x, rows), table.widener
+            v = _shrink(x_rows, group, masks)
+            with bf16_valued(torch.promote_types(x.dtype, dy.dtype)):
+                _add_a_grads(grads[slot], x_rows, u, group, masks, widener)
+                _add_b_grads(grads[slot], v, dy_rows, group, columns, widener)
 
 
-def _shrink(x: Tensor, group: LoraGroup, masks: list[Tensor] | None) -> Sequence[Tensor]:
-    """`drop(x) Aᵀ` of every member: [rows, R] each."""
-    if masks is not None:
-        dropped = zip(group.members, masks, strict=True)
-        return [_drop(x, mask) @ _as(entry.a, x).mT for (_, entry, _, _), mask in dropped]
-    if group.stacked_a is not None:
-        v = torch.mm(x, _as(group.stacked_a, x).mT)
-        if len(group.members) == 1:
-            return [v]
-        return torch.split_with_sizes(v, group.ranks, dim=1)
-    return [torch.mm(x, _as(entry.a, x).mT) for _, entry, _, _ in group.members]
+def _shrink(x: Tensor, group: LoraGroup, masks: list[Tensor] | None) -> Tensor:
+    """`drop(x) Aᵀ` of all members side by side: [rows, sum of ranks]."""
+    if masks is None and group.stacked_a is not None:
+        return torch.mm(x, _as(group.stacked_a, x).mT)
+    parts = [
+        (x if masks is None else _drop(x, masks[i])) @ _as(entry.a, x).mT
+        for i, (_, entry, _, _) in enumerate(group.members)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _add_input_grad(
@@ -193,30 +196,48 @@ def _add_input_grad(
             _add_rows(dx, rows, 0, dx.shape[1], _drop(u[:, first:last] @ _as(entry.a, u), masks[i]), 1.0)
 
 
-def _add_weight_grads(
+def _add_a_grads(
     grad: Tensor,
     x: Tensor,
-    dy: Tensor,
     u: Tensor,
     group: LoraGroup,
-    columns: Sequence[tuple[int, int]],
     masks: list[Tensor] | None,
+    widener: Widener,
 ) -> None:
-    """`dA += uᵀ drop(x)`, `dB += (s · drop(x) Aᵀ)ᵀ dy`, products and sums in the gradient's dtype."""
-    shrunk = _shrink(x, group, masks)
-    x_wide, u_wide, dy_wide = x.to(grad.dtype), u.to(grad.dtype), dy.to(grad.dtype)
+    """`dA += uᵀ drop(x)`, products and sums in the gradient's dtype."""
+    u_t = _transposed(u, grad.dtype)
     if masks is None and group.stacked_a is not None:
-        a_offset = group.members[0][1].a_offset
-        _matrix(grad, a_offset, group.num_ranks, group.in_features).addmm_(u_wide.mT, x_wide)
-    else:
-        for i, (_, entry, first, last) in enumerate(group.members):
-            dropped = x_wide if masks is None else _drop(x, masks[i]).to(grad.dtype)
-            d_a = _matrix(grad, entry.a_offset, entry.rank, group.in_features)
-            d_a.addmm_(u_wide[:, first:last].mT, dropped)
-    for (member, entry, _, _), v in zip(group.members, shrunk, strict=True):
-        start, end = columns[member]
-        d_b = _matrix(grad, entry.b_offset, entry.rank, end - start)
-        d_b.addmm_(v.to(grad.dtype).mT, dy_wide[:, start:end], alpha=entry.scale)
+        d_a = _matrix(grad, group.members[0][1].a_offset, group.num_ranks, group.in_features)
+        for rows, x_wide in widener.chunks(x, grad.dtype):
+            d_a.addmm_(u_t[:, rows], x_wide)
+        return
+    for i, (_, entry, first, last) in enumerate(group.members):
+        d_a = _matrix(grad, entry.a_offset, entry.rank, group.in_features)
+        dropped = x if masks is None else _drop(x, masks[i])
+        for rows, x_wide in widener.chunks(dropped, grad.dtype):
+            d_a.addmm_(u_t[first:last, rows], x_wide)
+
+
+def _add_b_grads(
+    grad: Tensor,
+    v: Tensor,
+    dy: Tensor,
+    group: LoraGroup,
+    columns: Sequence[tuple[int, int]],
+    widener: Widener,
+) -> None:
+    """`dB += s vᵀ dy` for `v = drop(x) Aᵀ`, products and sums in the gradient's dtype."""
+    v_t = _transposed(v, grad.dtype)
+    for rows, dy_wide in widener.chunks(dy, grad.dtype):
+        for member, entry, first, last in group.members:
+            start, end = columns[member]
+            d_b = _matrix(grad, entry.b_offset, entry.rank, end - start)
+            d_b.addmm_(v_t[first:last, rows], dy_wide[:, start:end], alpha=entry.scale)
+
+
+def _transposed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy of the transpose: the library reads it faster than a view."""
+    return matrix.new_empty(matrix.shape[::-1], dtype=dtype).copy_(matrix.mT)
 
 
 def _masks(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from weft_kernels.lora.batch import FewRows, LoraBatch
     from weft_kernels.lora.table import LoraGroup, LoraTable
 
-Pattern: TypeAlias = tuple[tuple[int, int, float], ...]
+Pattern: TypeAlias = tuple[tuple[int, int], ...]
 MAX_STACK_BYTES = 256 << 20
 """Memory that stacks may take; sets of adapters that are larger are multiplied one by one."""
 _MAX_SETS = 64
@@ -33,7 +33,8 @@ _CALL_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True)
 class BlockStack:
     """Modules `[first_member, end_member)` of a group: their columns `[rank_start, rank_end)` of the stacked
-    A's products, and all adapters' B, [sum of N, sum of ranks], block-diagonal if there are several."""
+    A's products, and all adapters' B times their scales, [sum of N, sum of ranks], block-diagonal if there
+    are several."""
 
     first_member: int
     end_member: int
@@ -47,7 +48,7 @@ class GroupStack:
     """A fused group of modules: all adapters' A, [sum of ranks, K], module after module, and the
     B's.
 
-    `pattern` holds `(index of the slot, rank, scale)` of every run of columns.
+    `pattern` holds `(index of the slot, rank)` of every run of columns.
     """
 
     a: PrepackedWeight
@@ -62,7 +63,7 @@ class _AdapterSet:
     first_batch: LoraBatch
     num_bytes: int
     groups: dict[tuple[int, tuple[int, ...]], GroupStack | None] = field(default_factory=dict)
-    own: dict[tuple[Pattern, tuple[int, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    foreign: dict[tuple[Pattern, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
 
 class StackCache:
@@ -102,13 +103,12 @@ class StackCache:
             found.groups[key] = _stack([table.group(slot, layer, modules) for slot in few.slots])
         return found.groups[key]
 
-    def keep_own(self, v: Tensor, stack: GroupStack, few: FewRows) -> Tensor:
-        """`v` [rows, sum of ranks] times its scale where the adapter is the row's, 0 elsewhere; in place."""
-        own, key = self._sets[few.slots].own, (stack.pattern, few.counts)
-        if key not in own:
-            own[key] = _own_columns(stack.pattern, few.counts, v.dtype)
-        foreign, scales = own[key]
-        return v.masked_fill_(foreign, 0.0).mul_(scales)
+    def clear_foreign(self, v: Tensor, stack: GroupStack, few: FewRows) -> Tensor:
+        """`v` [rows, sum of ranks] with 0 where the adapter is not the row's; in place."""
+        foreign, key = self._sets[few.slots].foreign, (stack.pattern, few.counts)
+        if key not in foreign:
+            foreign[key] = _foreign_columns(stack.pattern, few.counts)
+        return v.masked_fill_(foreign[key], 0.0)
 
     def _remember(self, batch: LoraBatch, slots: tuple[int, ...], table: LoraTable) -> None:
         """Know a set as seen once; forget the oldest of too many."""
@@ -127,12 +127,11 @@ class StackCache:
         self._sets[slots] = wanted
 
 
-def _own_columns(pattern: Pattern, counts: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Which columns are foreign to a row, bool, and every column's scale: [rows, sum of ranks], [1, ...]."""
+def _foreign_columns(pattern: Pattern, counts: tuple[int, ...]) -> Tensor:
+    """Which columns are foreign to a row: bool [rows, sum of ranks]."""
     slot_of_row = torch.tensor([idx for idx, count in enumerate(counts) for _ in range(count)])
-    slot_of_column = torch.tensor([idx for idx, rank, _ in pattern for _ in range(rank)])
-    scales = torch.tensor([scale for _, rank, scale in pattern for _ in range(rank)], dtype=dtype)
-    return slot_of_row.unsqueeze(1) != slot_of_column, scales.unsqueeze(0)
+    slot_of_column = torch.tensor([idx for idx, rank in pattern for _ in range(rank)])
+    return slot_of_row.unsqueeze(1) != slot_of_column
 
 
 def _stack(groups: Sequence[LoraGroup | None]) -> GroupStack | None:
@@ -150,7 +149,7 @@ def _stack(groups: Sequence[LoraGroup | None]) -> GroupStack | None:
     if a is None:
         return None
     modules = [
-        (member, torch.cat([entry.b for other, _, entry in found if other == member]))
+        (member, torch.cat([entry.b * entry.scale for other, _, entry in found if other == member]))
         for member in dict.fromkeys(member for member, _, _ in found)
     ]
     if not all(bool(b.isfinite().all()) for _, b in modules):
@@ -162,7 +161,8 @@ def _stack(groups: Sequence[LoraGroup | None]) -> GroupStack | None:
         assert b is not None  # as it was for A
         blocks.append(BlockStack(first, first + len(run), column, column + num_ranks, b))
         column += num_ranks
-    return GroupStack(a, tuple(blocks), tuple((idx, entry.rank, entry.scale) for _, idx, entry in found))
+    pattern = tuple((idx, entry.rank) for _, idx, entry in found)
+    return GroupStack(a, tuple(blocks), pattern)
 
 
 def _block_diagonal(matrices: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from weft_kernels.lora.stacks import StackCache
+from weft_kernels.lora.widening import Widener
 from weft_kernels.transfer import upload
 
 ALIGNMENT = 64
@@ -55,11 +56,10 @@ class LoraGroup:
 
     `members` holds `(index in the group, entry, rank_start, rank_end)`. `stacked_a` [sum of ranks, K] is one
     view over all members' A where the layout keeps them adjacent, so that one product serves the group; else
-    None. `ranks` are the members' ranks.
+    None.
     """
 
     members: tuple[tuple[int, SlotEntry, int, int], ...]
-    ranks: list[int]
     num_ranks: int
     in_features: int
     stacked_a: Tensor | None
@@ -79,6 +79,7 @@ class LoraTable:
         base: int64 [slots], element offset of each slot's extent.
         version: grows with every change.
         stacks: the CPU path's copies of weights that are multiplied together.
+        widener: the CPU path's copies of rows in the dtype of gradients.
 
     Updates are copies on the current stream, hence ordered after every kernel already launched there. Not
     safe for concurrent use from several threads.
@@ -101,10 +102,10 @@ class LoraTable:
         self.base = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.version = 0
         self.stacks = StackCache()
+        self.widener = Widener()
         self._bases = [0] * num_slots
         self._entries: list[dict[tuple[int, int], LoraEntry]] = [{} for _ in range(num_slots)]
         self._max_ranks = [0] * num_slots
-        self.version = 0
         self._groups: list[dict[tuple[int, tuple[int, ...]], LoraGroup | None]] = [
             {} for _ in range(num_slots)
         ]
@@ -194,8 +195,7 @@ class LoraTable:
                     f"modules {modules} of layer {layer} in slot {slot} differ in their input width"
                 )
         stacked = self._matrix(base + first.a_offset, num_ranks, first.in_features) if adjacent else None
-        ranks = [entry.rank for _, entry, _, _ in members]
-        return LoraGroup(tuple(members), ranks, num_ranks, first.in_features, stacked)
+        return LoraGroup(tuple(members), num_ranks, first.in_features, stacked)
 
     def _matrix(self, offset: int, rows: int, columns: int) -> Tensor:
         return self.weights.narrow(0, offset, rows * columns).view(rows, columns)
