@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weft_server.bench.adapters.arguments import add_adapters_arguments
 from weft_server.bench.coserve.arguments import add_coserve_arguments
 from weft_server.bench.serve.arguments import add_serve_arguments
 from weft_server.bench.surroundings import checkout
@@ -141,6 +142,14 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _adapters(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_budget_argument(parser)
+    add_adapters_arguments(parser)
+    add_output_arguments(parser)
+    parser.set_defaults(quantization="none")
+
+
 def _serve(parser: argparse.ArgumentParser) -> None:
     add_serve_arguments(parser)
     add_output_arguments(parser)
@@ -174,6 +183,12 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "train", "whole finetuning steps beside PEFT, bytes a token", _engine_part, "weft_server.bench.train"
+    ),
+    Part(
+        "adapters",
+        "an adapter's load from disk, Redis and host memory, cold and warm, by stage",
+        _adapters,
+        "weft_server.bench.adapters.main",
     ),
     Part(
         "serve",
