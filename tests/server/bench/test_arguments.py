@@ -68,6 +68,7 @@ def test_an_operator_that_does_not_exist_is_an_error(capsys: pytest.CaptureFixtu
         (["coserve", "--seconds", "0"], ("'0'", "above 0")),
         (["coserve", "--adapters", "none"], ("'none'", "from 1")),
         (["serve", "--tenants", "0"], ("'0'", "from 1")),
+        (["serve", "--model", "tiny", "--jobs", "1", "--no-out"], ("--jobs", "tiny has 512", "demo")),
         (["serve", "--trace", "nosuch.csv", "--no-out"], ("--trace", "nosuch.csv", "no such file")),
         (["decode", "--out", "/proc/nowhere"], ("--out /proc/nowhere", "--no-out")),
     ],

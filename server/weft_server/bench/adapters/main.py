@@ -133,6 +133,7 @@ def add_results(
     report: Report, sources: Sequence[Source | Absent], files: AdapterFiles, measured: Measured
 ) -> None:
     """Comparisons, targets, tables and data."""
+    tables.add_ceilings(report, sources, measured)
     tables.add_peers(report, measured, DISK_WARM)
     tables.add_host_target(report, measured, HOST_CACHE)
     tables.add_loads(report, sources, measured)

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from weft_server.bench.adapters.sources import Absent, Source
+from weft_server.bench.adapters.sources import DISK_COLD, HOST_CACHE, REDIS, Absent, Source
 from weft_server.bench.report import Report, Table
 from weft_server.bench.stats import Timings, median_ratio, percentile
+
+_BESIDE_CEILINGS = (DISK_COLD, REDIS, HOST_CACHE)
+"""What has no other rival."""
 
 _MIN_SHARE = 80
 """Percent of a copy's rate that a load from the host cache is to reach."""
@@ -75,6 +78,20 @@ def add_peers(report: Report, measured: Measured, source: str) -> None:
         at_least=1.0,
         unit="x",
     )
+
+
+def add_ceilings(report: Report, sources: Sequence[Source | Absent], measured: Measured) -> None:
+    """Loads beside the bare reads, gets and copies of the same rounds, which do nothing else."""
+    for source in sources:
+        measure = f"adapter load, {source.name}"
+        if isinstance(source, Absent):
+            report.compare(measure, "ms", None, source.reason, None, None)
+            continue
+        if source.name not in _BESIDE_CEILINGS:
+            continue
+        seconds, best = measured.loads[source.name], measured.ceilings[source.name]
+        ratio = median_ratio(best, seconds)
+        report.compare(measure, "ms", 1000 * median(seconds), source.ceiling, 1000 * median(best), ratio)
 
 
 def add_host_target(report: Report, measured: Measured, source: str) -> None:
