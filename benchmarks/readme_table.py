@@ -321,8 +321,8 @@ def pages(readme: str, results: Path) -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write both pages; with `--check` only say whether they are up to date, with `--results` print the tables
-    of another folder's reports."""
+    """Write both pages; with `--check` only say whether they are up to date, with `--results` print the
+    tables of another folder's reports."""
     parser = argparse.ArgumentParser(description="The benchmark tables of README.md and benchmarks/results.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if out of date")
     parser.add_argument(

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from weft_server.bench.adapters.arguments import add_adapters_arguments
 from weft_server.bench.coserve.arguments import add_coserve_arguments
@@ -47,10 +50,25 @@ def _runner(part: Part) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
         _make_folder(arguments.out)
         module: Any = importlib.import_module(part.module)
-        code: int = module.run(arguments)
+        with _terminated_in_order():
+            code: int = module.run(arguments)
         return code
 
     return run
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """While it is open, SIGTERM ends the program as Ctrl-C does: servers that were started are stopped."""
+
+    def end(_number: int, _frame: object) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _make_folder(out: Path | None) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from weft_server.adapters.layout import MAX_RANK
 from weft_server.adapters.peft import write_peft
 from weft_server.bench.adapters import peer
 from weft_server.bench.adapters import report as tables
@@ -23,7 +22,7 @@ from weft_server.bench.adapters.report import Measured
 from weft_server.bench.adapters.route import AdapterFiles, Target, stages
 from weft_server.bench.adapters.sources import DISK_WARM, HOST_CACHE, Absent, Source, open_sources
 from weft_server.bench.report import Report
-from weft_server.bench.settings import Setting, read_setting
+from weft_server.bench.settings import Setting, check_rank, read_setting
 from weft_server.bench.stats import Timings, interleave
 from weft_server.errors import ConfigError
 
@@ -42,8 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
         BenchError: what arrives in the arena is wrong, or the Redis server does not start.
     """
     rank: int = arguments.adapter_rank
-    if rank > MAX_RANK:
-        raise ConfigError(f"--adapter-rank {rank} is beyond the largest rank, {MAX_RANK}")
+    check_rank(rank)
     setting = read_setting(arguments)
     report = setting.report("adapters", f"Loads of an adapter of rank {rank}")
     files = make_files(setting, rank, seed=0)

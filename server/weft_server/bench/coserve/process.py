@@ -109,7 +109,9 @@ class ContenderProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the process."""
+        """End the process; in the midst of a window if that is where the benchmark ends."""
+        if kind is not None:
+            self._process.kill()
         self.close()
 
     def _send(self, command: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weft_scheduler.simulator.readers import TraceError, read_trace
 from weft_scheduler.simulator.trace import Trace
-from weft_server.bench.coserve.workload import draw_trace
+from weft_server.bench.coserve.workload import check_load, draw_trace
 from weft_server.bench.report import BenchError, Report
 from weft_server.bench.serve.client import Client
 from weft_server.bench.serve.figure import draw
@@ -20,6 +20,7 @@ from weft_server.bench.serve.report import Phase, fill
 from weft_server.bench.serve.target import target
 from weft_server.bench.serve.tenants import Account, Keys
 from weft_server.bench.serve.workload import LoadRequest, make_requests, shape_trace
+from weft_server.bench.settings import check_rank
 from weft_server.bench.shapes import SHAPES, Shape
 from weft_server.errors import ConfigError
 from weft_server.model.config import ModelConfig
@@ -42,6 +43,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("flags after `--` are for the started server; --url names one that runs already")
     if arguments.jobs and arguments.url is None:
         _refuse_small_vocabulary(arguments.model)
+    check_rank(arguments.adapter_rank)
+    if arguments.rate is not None:
+        check_load("--rate", arguments.rate, arguments.duration)
     model = "a running server" if arguments.url is not None else Path(arguments.model).name
     trace = _read(arguments)
     report = Report(arguments.name or f"serve-{_short_name(arguments)}", f"Load over HTTP: {model}")
