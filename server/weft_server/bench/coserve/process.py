@@ -101,7 +101,8 @@ class ContenderProcess:
         """
         try:
             self._receive()
-        except ContenderError:
+        except BaseException:
+            self._process.kill()
             self.close()
             raise
         return self
