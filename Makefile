@@ -48,7 +48,8 @@ bench: setup
 
 # An open-loop load over HTTP on the bundled model, without finetune jobs and with two: about four minutes.
 bench-serve: setup
-	$(BIN)/weft bench serve --rate 2 --length-scale 0.3 --duration 60 --jobs 2 --tpot-slo-ms 40 $(FLAGS)
+	$(BIN)/weft bench serve --name serve-demo-cpu --rate 2 --length-scale 0.3 --duration 60 \
+		--jobs 2 --tpot-slo-ms 40 $(FLAGS)
 	$(MAKE) bench-table
 
 # One part on a machine with a GPU, at most eight minutes: PART=kernels|decode|prefill|train|adapters|coserve. Needs what
