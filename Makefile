@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup check format test test-slow test-all test-gpu bench bench-gpu bench-table demo serve base-model clean
+.PHONY: setup check format test test-slow test-all test-gpu bench bench-serve bench-gpu bench-table demo serve base-model clean
 .DEFAULT_GOAL := test
 
 setup: $(INSTALLED)
@@ -39,21 +39,27 @@ test-gpu:
 		tests/kernels tests/server/adapters tests/server/engine tests/server/model tests/server/quant
 
 # What this CPU gives, beside transformers + PEFT: docs/benchmarks.md. Results go to benchmarks/results.
-BENCH_PARTS ?= kernels engine
+BENCH_PARTS ?= kernels engine adapters
 BENCH_MODEL ?= bench-200m
 
 bench: setup
 	set -e; for part in $(BENCH_PARTS); do $(BIN)/weft bench $$part --device cpu --model $(BENCH_MODEL) $(FLAGS); done
 	$(MAKE) bench-table
 
-# One part on a machine with a GPU, at most eight minutes: PART=kernels|decode|prefill|train|coserve. Needs what
+# An open-loop load over HTTP on the bundled model, without finetune jobs and with two: about four minutes.
+bench-serve: setup
+	$(BIN)/weft bench serve --name serve-demo-cpu --rate 2 --length-scale 0.3 --duration 60 \
+		--jobs 2 --tpot-slo-ms 40 $(FLAGS)
+	$(MAKE) bench-table
+
+# One part on a machine with a GPU, at most eight minutes: PART=kernels|decode|prefill|train|adapters|coserve. Needs what
 # `test-gpu` needs; peers that are not installed are reported as not measured.
 bench-gpu:
-	@test -n "$(PART)" || { echo "usage: make bench-gpu PART=kernels|decode|prefill|train|coserve"; exit 2; }
+	@test -n "$(PART)" || { echo "usage: make bench-gpu PART=kernels|decode|prefill|train|adapters|coserve"; exit 2; }
 	PYTHONPATH=server:kernels:scheduler timeout 480 \
 		$(PYTHON) -m weft_server.bench $(PART) --device cuda --model llama-3.1-8b $(FLAGS)
 
-# The README's table, from benchmarks/results.
+# The tables of README.md and benchmarks/results/README.md, from the reports in benchmarks/results.
 bench-table:
 	$(PYTHON) benchmarks/readme_table.py
 

@@ -1,8 +1,9 @@
-"""Writes the README's benchmark tables from the reports in `benchmarks/results`.
+"""Writes the benchmark tables of README.md and of benchmarks/results/README.md from the committed reports.
 
-    python benchmarks/readme_table.py [--check]
+    python benchmarks/readme_table.py [--check] [--results DIR]
 
-Every comparison and every target of every report becomes a row, those that Weft loses or misses included.
+The README gets one row for each thing that was compared, beside the fastest rival; every target that is
+missed; and what has no result. The page in the results' folder has all rivals, all targets, every command.
 Reports are the JSON files that `weft bench` writes; other files there are left alone. Needs Python alone.
 """
 
@@ -11,34 +12,85 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, TypeAlias
+
+Report: TypeAlias = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-EXPECTED_ON_GPU = ("kernels", "decode", "prefill", "train", "coserve")
+CPU_PARTS = ("decode", "prefill", "train", "coserve", "adapters", "kernels", "serve")
+GPU_PARTS = ("decode", "prefill", "train", "coserve", "adapters", "kernels")
 GPU_MODEL = "llama-3.1-8b"
 NOT_MEASURED = "not measured"
+AS_FAST = 0.95
+"""A ratio that two timings of the same code differ by."""
 
 
-def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """The reports of a folder, by name."""
+def read_reports(folder: Path) -> list[Report]:
+    """The reports of a folder: what runs on a CPU first, in the order of the parts."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [
+    reports = [
         content
         for content in contents
         if isinstance(content, dict) and {"comparisons", "targets", "hardware"} <= content.keys()
     ]
+    return sorted(reports, key=lambda report: (_is_gpu(report), _place(_part(report)), report["name"]))
 
 
-def tables(reports: Sequence[dict[str, Any]]) -> str:
-    """What stands between the markers."""
-    parts = [_comparisons(reports), _targets(reports), _missing(reports), _sources(reports)]
+def readme_block(reports: Sequence[Report], folder: str = "benchmarks/results") -> str:
+    """What stands between the README's markers.
+
+    Args:
+        folder: of the reports, as links in the README name it.
+    """
+    parts = [
+        _table(
+            ("on", "what", "Weft", "fastest rival", "rival's", "Weft better by"),
+            [row for report in reports for row in _best_comparisons(report)],
+        ),
+        _operators(reports),
+        _over_http(reports),
+        _missed(reports),
+        _absent(reports),
+        _machines(reports),
+        f"Every rival, target, setting and command: [`{folder}`]({folder}/README.md).",
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
-def with_tables(readme: str, text: str) -> str:
+def results_page(reports: Sequence[Report], others: Sequence[str]) -> str:
+    """`README.md` of the results' folder.
+
+    Args:
+        others: names of pages there that are no report's.
+    """
+    rivals = _table(
+        ("on", "what", "Weft", "rival", "rival's", "Weft better by"),
+        [_comparison(report, item) for report in reports for item in report["comparisons"]],
+    )
+    targets = _table(
+        ("on", "target", "limit", "measured", "met"),
+        [(_on(report), *_target(item)) for report in reports for item in report["targets"]],
+    )
+    parts = [
+        "# Results",
+        "Made by `make bench-table` from the reports beside this page; `docs/benchmarks.md` says how they "
+        "are measured. Bold is what Weft loses or misses. Operators, one by one, are in the reports of "
+        "`kernels`.",
+        *_section("Beside rivals", rivals, _operators(reports)),
+        *_section("Targets", targets),
+        *_section("Load over HTTP", _over_http(reports)),
+        *_section("What ran where", _sources(reports), _absent(reports)),
+        *_section("More", "\n".join(f"- [{name}]({name})" for name in others)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def with_block(readme: str, text: str) -> str:
     """The README with `text` between its markers.
 
     Raises:
@@ -51,63 +103,182 @@ def with_tables(readme: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
-def _comparisons(reports: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        (
-            _subject(report),
-            f"{item['measure']}, {item['unit']}",
-            _number(item["weft"]),
-            item["rival_name"],
-            _number(item["rival"]),
-            _ratio(item["ratio"]),
-        )
-        for report in reports
-        for item in report["comparisons"]
-    ]
-    return _table(("on", "measure", "Weft", "rival", "rival's", "Weft better by"), rows)
+def _best_comparisons(report: Report) -> list[tuple[str, ...]]:
+    """One row for each measure: beside the rival that Weft is better by least."""
+    by_measure: dict[str, list[dict[str, Any]]] = {}
+    for item in report["comparisons"]:
+        by_measure.setdefault(item["measure"], []).append(item)
+    rows = []
+    for items in by_measure.values():
+        known = [item for item in items if item["ratio"] is not None]
+        rows.append(_comparison(report, min(known, key=lambda item: item["ratio"]) if known else items[0]))
+    return rows
 
 
-def _targets(reports: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        (
-            _subject(report),
-            item["text"],
-            f"{'≥' if item['at_least'] else '≤'} {_number(item['limit'])}{item['unit']}",
-            NOT_MEASURED if item["measured"] is None else f"{_number(item['measured'])}{item['unit']}",
-            item["verdict"] if item["verdict"] == "yes" else f"**{item['verdict']}**",
-        )
-        for report in reports
-        for item in report["targets"]
-    ]
-    return _table(("on", "target", "limit", "measured", "met"), rows)
+def _comparison(report: Report, item: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        _on(report),
+        item["measure"],
+        _with_unit(item["weft"], f" {item['unit']}"),
+        item["rival_name"],
+        _with_unit(item["rival"], f" {item['unit']}"),
+        _ratio(item["ratio"]),
+    )
 
 
-def _missing(reports: Sequence[dict[str, Any]]) -> str:
-    """Parts without a result on a GPU."""
-    names = {report["name"] for report in reports}
-    missing = [part for part in EXPECTED_ON_GPU if f"{part}-{GPU_MODEL}-gpu" not in names]
-    if not missing:
-        return ""
-    return f"On a GPU ({GPU_MODEL}, NF4) {NOT_MEASURED}: {', '.join(missing)} (`make bench-gpu PART=…`)."
-
-
-def _sources(reports: Sequence[dict[str, Any]]) -> str:
+def _operators(reports: Iterable[Report]) -> str:
+    """A line for each report on operators."""
     lines = []
     for report in reports:
-        machine = report["hardware"]
-        device = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {machine['cores']} cores"
+        rows = report.get("data", {}).get("operators", [])
+        if not rows:
+            continue
+        share = median(row["roofline_us"] / row["weft_us"] for row in rows)
+        beside = [
+            (ratio, row, peer) for row in rows for peer, ratio in row["peers"].items() if ratio is not None
+        ]
+        slower = sorted((found for found in beside if found[0] < AS_FAST), key=lambda found: found[0])
+        line = f"Operators, {_on(report)}: {100 * share:.0f} % of the roofline in the median of "
+        line += f"{len(rows)} cases"
+        if beside:
+            line += f"; as fast as the peer or faster in {len(beside) - len(slower)} of {len(beside)}"
+        if slower:
+            worst, row, peer = slower[0]
+            line += f", slowest **{worst:.2f}x** ({row['op']}, {row['shape']}, beside {peer})"
+        lines.append(f"{line}.")
+    return "\n".join(lines)
+
+
+def _over_http(reports: Iterable[Report]) -> str:
+    rows = []
+    for report in reports:
+        phases = {phase["name"]: phase for phase in report.get("data", {}).get("phases", [])}
+        if "requests alone" not in phases:
+            continue
+        alone, both = phases["requests alone"], phases.get("both", {})
+        trained = phases.get("finetuning alone", {}).get("trained_per_s")
+        loads = [alone["load"], both.get("load")]
+        rows.append(
+            (
+                f"`{report['name']}`",
+                _each(loads, "ttft_ms", ".0f"),
+                _each(loads, "tpot_ms", ".1f"),
+                " → ".join("–" if load is None else f"{load['attained']:.0%}" for load in loads),
+                f"{_rate(trained)} → {_rate(both.get('trained_per_s'))}",
+            )
+        )
+    columns = (
+        "over HTTP: alone → with finetune jobs",
+        "ms to first token, p50 / p99",
+        "ms per token, p50 / p99",
+        "objective attained",
+        "finetuned tokens/s: alone → with requests",
+    )
+    return _table(columns, rows)
+
+
+def _each(loads: Sequence[dict[str, Any] | None], key: str, form: str) -> str:
+    values = [None if load is None else load[key] for load in loads]
+    return " → ".join("–" if value is None else f"{value[0]:{form}} / {value[2]:{form}}" for value in values)
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
+
+
+def _missed(reports: Sequence[Report]) -> str:
+    """Every target that is missed, and how many are not."""
+    items = [(_on(report), item) for report in reports for item in report["targets"]]
+    if not items:
+        return ""
+    known = [(on, item) for on, item in items if item["measured"] is not None]
+    missed = [(on, *_target(item)) for on, item in known if item["verdict"] != "yes"]
+    text = f"Targets: {len(known) - len(missed)} of {len(items)} met"
+    if len(known) < len(items):
+        text += f", {len(items) - len(known)} {NOT_MEASURED}"
+    if not missed:
+        return f"{text}."
+    return f"{text}. Missed:\n\n{_table(('on', 'target', 'limit', 'measured', 'met'), missed)}"
+
+
+def _target(item: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        item["text"],
+        f"{'≥' if item['at_least'] else '≤'} {_number(item['limit'])}{item['unit']}",
+        _with_unit(item["measured"], item["unit"]),
+        item["verdict"] if item["verdict"] in ("yes", NOT_MEASURED) else f"**{item['verdict']}**",
+    )
+
+
+def _absent(reports: Sequence[Report]) -> str:
+    """Parts without a result."""
+    measured = {(_part(report), _is_gpu(report), _model(report)) for report in reports}
+    on_cpu = [part for part in CPU_PARTS if not any(found[:2] == (part, False) for found in measured)]
+    on_gpu = [part for part in GPU_PARTS if (part, True, GPU_MODEL) not in measured]
+    lines = []
+    if on_cpu:
         lines.append(
-            f"- [`{report['name']}`](benchmarks/results/{report['name']}.md): {device}; "
-            f"torch {report['versions']['torch']}; commit `{report['commit']}`; `{report['command']}`"
+            f"- On a CPU {NOT_MEASURED}: {', '.join(on_cpu)} "
+            "(`make bench bench-serve`, `make bench BENCH_PARTS=coserve`)."
+        )
+    if on_gpu:
+        lines.append(
+            f"- On a GPU ({GPU_MODEL}, NF4) {NOT_MEASURED}: {', '.join(on_gpu)} (`make bench-gpu PART=…`)."
         )
     return "\n".join(lines)
 
 
-def _subject(report: dict[str, Any]) -> str:
-    """Model and kind of device: the report's name without its part."""
-    setting = report.get("data", {}).get("setting", {})
-    model = setting.get("model", report["name"])
-    return f"{model}, {'GPU' if 'gpu' in report['hardware'] and report['name'].endswith('gpu') else 'CPU'}"
+def _sources(reports: Sequence[Report]) -> str:
+    rows = [
+        (
+            f"[`{report['name']}`]({report['name']}.md)",
+            report["started"][:10],
+            _machine(report),
+            f"`{report['commit']}`",
+            f"`{report['command']}`",
+        )
+        for report in reports
+    ]
+    return _table(("report", "date", "machine", "commit", "command"), rows)
+
+
+def _machines(reports: Iterable[Report]) -> str:
+    found = sorted({_machine(report) for report in reports})
+    return f"Measured on: {'; '.join(found)}." if found else ""
+
+
+def _machine(report: Report) -> str:
+    hardware = report["hardware"]
+    cpu = f"{hardware['cpu']}, {hardware['cores']} cores"
+    device = hardware["gpu"]["name"] if _is_gpu(report) and "gpu" in hardware else cpu
+    return f"{device}, torch {report['versions']['torch']}"
+
+
+def _on(report: Report) -> str:
+    """Model and kind of device."""
+    return f"{_model(report)}, {'GPU' if _is_gpu(report) else 'CPU'}"
+
+
+def _part(report: Report) -> str:
+    return str(report["name"]).partition("-")[0]
+
+
+def _place(part: str) -> int:
+    return CPU_PARTS.index(part) if part in CPU_PARTS else len(CPU_PARTS)
+
+
+def _model(report: Report) -> str:
+    """A report is named after part, model and kind of device."""
+    return str(report["name"]).partition("-")[2].removesuffix("-cpu").removesuffix("-gpu")
+
+
+def _is_gpu(report: Report) -> bool:
+    return str(report["name"]).endswith("-gpu")
+
+
+def _section(title: str, *parts: str) -> list[str]:
+    """A heading and what is below it; nothing where that is empty."""
+    return [f"## {title}", *parts] if any(parts) else []
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -118,31 +289,63 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return NOT_MEASURED
+def _with_unit(value: float | None, unit: str) -> str:
+    return NOT_MEASURED if value is None else f"{_number(value)}{unit}"
+
+
+def _number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _ratio(value: float | None) -> str:
     if value is None:
         return NOT_MEASURED
+    if value == 0.0:
+        return "**0** (fewer requests attained)"
     return f"{value:.2f}x" if value >= 1.0 else f"**{value:.2f}x**"
 
 
+def pages(readme: str, results: Path) -> dict[Path, str]:
+    """Both pages as they should be, by path.
+
+    Raises:
+        ValueError: the README lacks its markers.
+    """
+    reports = read_reports(results)
+    own = {f"{report['name']}.md" for report in reports} | {"README.md"}
+    others = sorted(path.name for path in results.glob("*.md") if path.name not in own)
+    return {
+        ROOT / "README.md": with_block(readme, readme_block(reports)),
+        results / "README.md": results_page(reports, others),
+    }
+
+
 def main() -> int:
-    """Write the README, or with `--check` only say whether it is up to date."""
-    parser = argparse.ArgumentParser(description="The README's benchmark tables from benchmarks/results.")
+    """Write both pages; with `--check` only say whether they are up to date, with `--results` print the
+    tables of another folder's reports."""
+    parser = argparse.ArgumentParser(description="The benchmark tables of README.md and benchmarks/results.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if out of date")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="print the README's tables for the reports of this folder, and write nothing",
+    )
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    readme = path.read_text(encoding="utf-8")
-    updated = with_tables(readme, tables(read_reports(ROOT / "benchmarks" / "results")))
+    if arguments.results is not None:
+        print(readme_block(read_reports(arguments.results)))
+        return 0
+    wanted = pages((ROOT / "README.md").read_text(encoding="utf-8"), RESULTS)
+    stale = [
+        path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     if arguments.check:
-        if updated != readme:
-            print("README.md is out of date: run `python benchmarks/readme_table.py`", file=sys.stderr)
-        return int(updated != readme)
-    path.write_text(updated, encoding="utf-8")
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is out of date: run `make bench-table`", file=sys.stderr)
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(wanted[path], encoding="utf-8")
+        print(f"written {path.relative_to(ROOT)}")
     return 0
 
 

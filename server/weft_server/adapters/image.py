@@ -9,6 +9,7 @@ from torch import Tensor
 
 from weft_kernels.lora import LoraEntry
 from weft_server.adapters.errors import AdapterError
+from weft_server.adapters.finite import all_finite
 from weft_server.adapters.packed import PackedAdapter
 
 
@@ -35,7 +36,7 @@ class HostImage:
         """
         weights = torch.empty(adapter.num_elements, dtype=dtype, pin_memory=pin_memory)
         weights.copy_(adapter.weights)
-        if not bool(weights.isfinite().all()):
+        if not all_finite(weights):
             raise AdapterError(
                 f"a weight is beyond the range of {dtype}, in which this server computes; "
                 f"the largest magnitude is {float(adapter.weights.abs().max()):.4g}"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from weft_server.adapters.config import LoraConfig
 from weft_server.adapters.errors import AdapterError
+from weft_server.adapters.finite import all_finite
 from weft_server.adapters.layout import MODULES, AdapterLayout, LayoutEntry, ModuleShapes
 
 _DIGEST_FORMAT = b"weft-adapter-1"
@@ -130,7 +131,7 @@ def repack(adapter: PackedAdapter, weights: Tensor) -> PackedAdapter:
     for entry in adapter.layout:
         lora_a = adapter.layout.a(host, entry.layer, entry.module)
         lora_b = adapter.layout.b(host, entry.layer, entry.module)
-        if not bool(lora_a.isfinite().all() & lora_b.isfinite().all()):
+        if not (all_finite(lora_a) and all_finite(lora_b)):
             raise AdapterError(
                 f"the weights of {entry.module_name} in layer {entry.layer} contain NaN or Inf"
             )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from weft_server.adapters.config import LoraConfig, ResolvedModules
 from weft_server.adapters.errors import AdapterError
+from weft_server.adapters.finite import all_finite
 from weft_server.adapters.layout import MODULES, AdapterLayout, ModuleShapes
 from weft_server.adapters.packed import PackedAdapter, pack
 from weft_server.adapters.paths import module_path, parse_module_path
@@ -159,7 +160,7 @@ def _check_tensor(key: str, tensor: Tensor, side: str, rank: int, shape: tuple[i
             f"tensor {key!r} has shape {list(tensor.shape)}, but rank {rank} on a layer of "
             f"{shape[0]} inputs and {shape[1]} outputs needs {list(expected)}"
         )
-    if not bool(tensor.isfinite().all()):
+    if not all_finite(tensor):
         raise AdapterError(f"tensor {key!r} contains NaN or Inf")
 
 

@@ -10,7 +10,7 @@ from weft_server.errors import ConfigError, WeftError
 
 
 def main() -> int:
-    """Run one part; returns the exit code (0 done, 1 failed, 2 usage)."""
+    """Run one part; returns the exit code (0 done, 1 failed, 2 usage, 130 interrupted)."""
     parser = argparse.ArgumentParser(
         prog="python -m weft_server.bench",
         description="Measures Weft: correctness first, then times against ceilings, peers and targets.",
@@ -23,6 +23,8 @@ def main() -> int:
     except WeftError as error:
         print(f"weft bench: {error.message}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
     return code
 
 

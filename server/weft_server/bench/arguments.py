@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from weft_server.bench.adapters.arguments import add_adapters_arguments
 from weft_server.bench.coserve.arguments import add_coserve_arguments
 from weft_server.bench.serve.arguments import add_serve_arguments
 from weft_server.bench.surroundings import checkout
@@ -46,10 +50,25 @@ def _runner(part: Part) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
         _make_folder(arguments.out)
         module: Any = importlib.import_module(part.module)
-        code: int = module.run(arguments)
+        with _terminated_in_order():
+            code: int = module.run(arguments)
         return code
 
     return run
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """While it is open, SIGTERM ends the program as Ctrl-C does: servers that were started are stopped."""
+
+    def end(_number: int, _frame: object) -> NoReturn:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _make_folder(out: Path | None) -> None:
@@ -141,6 +160,14 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _adapters(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_budget_argument(parser)
+    add_adapters_arguments(parser)
+    add_output_arguments(parser)
+    parser.set_defaults(quantization="none")
+
+
 def _serve(parser: argparse.ArgumentParser) -> None:
     add_serve_arguments(parser)
     add_output_arguments(parser)
@@ -174,6 +201,12 @@ PARTS: tuple[Part, ...] = (
     ),
     Part(
         "train", "whole finetuning steps beside PEFT, bytes a token", _engine_part, "weft_server.bench.train"
+    ),
+    Part(
+        "adapters",
+        "an adapter's load from disk, Redis and host memory, cold and warm, by stage",
+        _adapters,
+        "weft_server.bench.adapters.main",
     ),
     Part(
         "serve",

@@ -17,8 +17,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 def write_checkpoint(model: RandomModel, folder: Path) -> None:
     """Write `config.json`, the weights in safetensors, and the demo model's tokenizer into the folder.
 
-    The tokenizer has fewer tokens than the shapes' vocabularies, so that it fits all of them; what a random
-    model generates beyond it decodes to nothing.
+    The tokenizer has fewer tokens than the shapes' vocabularies (but `tiny`'s, which can therefore be asked
+    by token ids alone); what a random model generates beyond it decodes to nothing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dict(model.shape.hf_config), indent=1), encoding="utf-8")

@@ -8,12 +8,14 @@ from typing import cast
 
 import torch
 
+from weft_server.adapters.layout import MAX_RANK
 from weft_server.bench import ceilings
 from weft_server.bench.ceilings import Ceilings
 from weft_server.bench.models import RandomModel
 from weft_server.bench.report import Report
 from weft_server.bench.shapes import read_shape
 from weft_server.engine.sizing import choose_device, use_device
+from weft_server.errors import ConfigError
 from weft_server.model.loading import Quantization
 
 _CEILINGS_S = 2.0
@@ -78,6 +80,12 @@ def read_setting(arguments: argparse.Namespace) -> Setting:
     model = RandomModel(shape, dtype=_DTYPES[arguments.dtype], device=device, seed=arguments.seed)
     quantization = cast(Quantization, arguments.quantization or ("nf4" if on_gpu else "none"))
     return Setting(model, quantization, arguments.budget_s, arguments.seed)
+
+
+def check_rank(rank: int) -> None:
+    """Raises ConfigError for an `--adapter-rank` that no adapter has."""
+    if rank > MAX_RANK:
+        raise ConfigError(f"--adapter-rank {rank} is beyond the largest rank, {MAX_RANK}")
 
 
 def measure_ceilings(setting: Setting) -> Ceilings:

@@ -21,6 +21,7 @@ _LIBRARIES = (
     "accelerate",
     "bitsandbytes",
     "vllm",
+    "redis",
 )
 _INSTRUCTION_SETS = (
     "avx2",

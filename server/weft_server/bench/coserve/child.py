@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -45,6 +46,8 @@ class Contender(Protocol):
 
 def main() -> int:
     """Obey until `end` or the end of the input; returns the exit status."""
+    # Ctrl-C reaches the whole group, and the parent says what there is to say.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     contender: Contender | None = None

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import mean, median
 
+from weft_scheduler.simulator.readers import TraceError
 from weft_server.bench.coserve.checks import (
     LOGPROB_TOLERANCE,
     LOSS_TOLERANCE,
@@ -31,13 +32,16 @@ from weft_server.bench.coserve.report import make_report
 from weft_server.bench.coserve.results import Results
 from weft_server.bench.coserve.tuning import pair_candidates, single_candidates, sweep, turn_candidates
 from weft_server.bench.coserve.window import Outcome, Policy, Window
-from weft_server.bench.coserve.workload import WorkloadSpec
+from weft_server.bench.coserve.workload import WorkloadSpec, arrivals, check_load
 from weft_server.bench.peers import why_absent
 from weft_server.bench.report import BenchError, Report
 from weft_server.bench.surroundings import num_cores
+from weft_server.errors import ConfigError
 
 _PROBE_REQUESTS = 5
 _PROBE_S = 3.0
+_LEAST_LOAD = 0.1
+"""Requests a second, where they are found only later."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,6 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         BenchError: a contender computes something else than the others, or cannot run.
     """
     options = read_options(arguments)
+    _refuse_loads(options)
     results = Results(options.setup.shape_name)
     report = Report(
         f"coserve-{options.setup.shape_name}-{'gpu' if options.is_gpu else 'cpu'}",
@@ -60,6 +65,24 @@ def run(arguments: argparse.Namespace) -> int:
     make_report(report, options, results)
     report.finish(options.out)
     return 0
+
+
+def _refuse_loads(options: Options) -> None:
+    """Before minutes are spent.
+
+    Raises:
+        ConfigError: a load with too many requests, or a trace that cannot be read or has too few.
+    """
+    loads = options.loads or (_LEAST_LOAD,)
+    for load in loads:
+        check_load("--loads", load, options.seconds)
+    config = options.setup
+    spec = WorkloadSpec(loads[-1], options.seconds, 1, config.max_model_len, 1, trace=options.trace)
+    if options.trace is not None:
+        try:
+            arrivals(spec)
+        except TraceError as error:
+            raise ConfigError(f"--trace: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,8 @@ class ContenderProcess:
         """
         try:
             self._receive()
-        except ContenderError:
+        except BaseException:
+            self._process.kill()
             self.close()
             raise
         return self
@@ -109,7 +110,9 @@ class ContenderProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the process."""
+        """End the process; in the midst of a window if that is where the benchmark ends."""
+        if kind is not None:
+            self._process.kill()
         self.close()
 
     def _send(self, command: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ _NOTES = (
     "Attained: requests whose mean time per token and time to the first token kept the objective; those "
     "unanswered at the end of a window's drain did not. An objective's time per token is relative to Weft's "
     "unloaded one, for every contender.",
+    "Better by 0: Weft attained less than the rival, and less than 95 %, so its finetuning is no gain.",
     "Alternating: Weft's engine and kernels, iterations of inference and of finetuning in turn, the latter "
     "as long as the objective leaves.",
     "Two processes: a transformers + PEFT loop that generates (continuous batching, adapters mixed by "

@@ -66,13 +66,13 @@ class Results:
         return point.trained_per_s / light.trained_per_s if light and light.trained_per_s else None
 
     def gain(self, rival: str, load: float, slo: Slo) -> float | None:
-        """Weft's finetuned tokens a second over a rival's; None where Weft attains less than the rival does
-        and less than it should, or the rival was not measured.
+        """Weft's finetuned tokens a second over a rival's; 0 where Weft attains less than the rival does and
+        less than it should, None where the rival was not measured.
         """
         own, other = self.find("Weft", load, slo), self.find(rival, load, slo)
         if own is None or other is None or not other.trained_per_s:
             return None
         needed = min(ATTAINMENT, other.attained(slo) or 0.0)
         if (own.attained(slo) or 0.0) < needed:
-            return None
+            return 0.0
         return own.trained_per_s / other.trained_per_s

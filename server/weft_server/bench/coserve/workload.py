@@ -21,10 +21,12 @@ from weft_scheduler.simulator.trace import (
     scale_lengths,
     spread_over_adapters,
 )
+from weft_server.errors import ConfigError
 
 _PROMPT_P50, _PROMPT_P99 = 1020.0, 4142.0
 _OUTPUT_P50, _OUTPUT_P99 = 129.0, 601.0
 _Z99 = 2.3263
+_MAX_REQUESTS = 100_000
 _WARM_REQUESTS = 300
 """Requests at the beginning of a trace that are left out: Azure's first minute is quieter than the rest."""
 
@@ -60,13 +62,26 @@ class BenchRequest:
     adapter_idx: int
 
 
+def check_load(flag: str, requests_per_s: float, seconds: float) -> None:
+    """Refuse a load that one process could neither prepare nor send.
+
+    Raises:
+        ConfigError: too many requests for a window.
+    """
+    if requests_per_s * seconds > _MAX_REQUESTS:
+        raise ConfigError(
+            f"{flag} {requests_per_s:g} for {seconds:g} s would be {requests_per_s * seconds:.0f} requests; "
+            f"at most {_MAX_REQUESTS} can be sent"
+        )
+
+
 def make_requests(spec: WorkloadSpec) -> tuple[BenchRequest, ...]:
     """The requests of a window, in order of arrival.
 
     Raises:
         TraceError: the trace cannot be read.
     """
-    trace = _arrivals(spec)
+    trace = arrivals(spec)
     trace = fit_context(scale_lengths(trace, spec.length_scale), spec.max_model_len)
     trace = spread_over_adapters(trace, spec.num_adapters, spec.seed)
     random = Random(f"prompts/{spec.seed}")
@@ -82,7 +97,12 @@ def make_requests(spec: WorkloadSpec) -> tuple[BenchRequest, ...]:
     )
 
 
-def _arrivals(spec: WorkloadSpec) -> Trace:
+def arrivals(spec: WorkloadSpec) -> Trace:
+    """When requests arrive, and lengths, before either is fitted to the model.
+
+    Raises:
+        TraceError: the trace cannot be read, or is too short.
+    """
     if spec.trace is None:
         return draw_trace(spec.requests_per_s, spec.seconds, spec.seed)
     return _stretch(read_trace(spec.trace, seed=spec.seed), spec)

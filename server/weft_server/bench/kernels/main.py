@@ -42,6 +42,18 @@ class Measured:
             return 1e6 * self.num_bytes / ceilings.link_bytes_per_s
         return 1e6 * ceilings.seconds(self.num_bytes, self.flops)
 
+    def to_dict(self, ceilings: Ceilings) -> dict[str, object]:
+        """For programs; of a peer, how many times as long it takes."""
+        peers = {name: None if times is None else times[1] for name, times in self.peers.items()}
+        roofline_us = self.roofline_us(ceilings)
+        return {
+            "op": self.op,
+            "shape": self.shape,
+            "weft_us": self.weft_us,
+            "roofline_us": roofline_us,
+            "peers": peers,
+        }
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print and write; returns the exit code.
@@ -71,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     ceilings = before.best_of(measure_ceilings(setting))
     add_ceilings(report, ceilings)
     add_rows(report, measured, ceilings)
+    report.data["operators"] = [item.to_dict(ceilings) for item in measured]
     add_targets(report, measured, ceilings, on_gpu=setting.on_gpu)
     report.finish(arguments.out)
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from weft_scheduler.simulator.readers import TraceError, read_trace
 from weft_scheduler.simulator.trace import Trace
-from weft_server.bench.coserve.workload import draw_trace
+from weft_server.bench.coserve.workload import check_load, draw_trace
 from weft_server.bench.report import BenchError, Report
 from weft_server.bench.serve.client import Client
 from weft_server.bench.serve.figure import draw
@@ -20,8 +20,11 @@ from weft_server.bench.serve.report import Phase, fill
 from weft_server.bench.serve.target import target
 from weft_server.bench.serve.tenants import Account, Keys
 from weft_server.bench.serve.workload import LoadRequest, make_requests, shape_trace
-from weft_server.bench.shapes import Shape
+from weft_server.bench.settings import check_rank
+from weft_server.bench.shapes import SHAPES, Shape
 from weft_server.errors import ConfigError
+from weft_server.model.config import ModelConfig
+from weft_server.serving import DEMO_MODEL
 
 _MAX_WARM_UP_REQUESTS = 64
 _LEAST_WINDOW_S = 1.0
@@ -38,6 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--key is for a server at --url; the started server gets keys of its own")
     if arguments.url is not None and arguments.server_flags:
         raise ConfigError("flags after `--` are for the started server; --url names one that runs already")
+    if arguments.jobs and arguments.url is None:
+        _refuse_small_vocabulary(arguments.model)
+    check_rank(arguments.adapter_rank)
+    if arguments.rate is not None:
+        check_load("--rate", arguments.rate, arguments.duration)
     model = "a running server" if arguments.url is not None else Path(arguments.model).name
     trace = _read(arguments)
     report = Report(arguments.name or f"serve-{_short_name(arguments)}", f"Load over HTTP: {model}")
@@ -48,6 +56,20 @@ def run(arguments: argparse.Namespace) -> int:
         draw(phases, arguments.out / f"{report.name}.png")
     report.finish(arguments.out)
     return 0
+
+
+def _refuse_small_vocabulary(model: str) -> None:
+    """Jobs are trained on text, of which every token must be one of the model's.
+
+    Raises:
+        ConfigError: random weights of a shape with fewer tokens than the tokenizer.
+    """
+    wanted = ModelConfig.from_directory(DEMO_MODEL).vocab_size
+    if model in SHAPES and SHAPES[model]["vocab_size"] < wanted:
+        raise ConfigError(
+            f"--jobs needs a model with the tokenizer's {wanted} tokens, {model} has "
+            f"{SHAPES[model]['vocab_size']}; give --model demo or bench-200m"
+        )
 
 
 def _short_name(arguments: argparse.Namespace) -> str:

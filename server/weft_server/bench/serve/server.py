@@ -28,7 +28,7 @@ def served(model: str, data_dir: Path, flags: Sequence[str] = ()) -> Iterator[st
     try:
         line = process.stdout.readline() if process.stdout else ""
         if not line.startswith(_READY):
-            raise BenchError(f"the server did not start: {line.strip()} (status {process.poll()})")
+            raise BenchError(f"the server did not start (status {process.wait()}); it says above why")
         yield line.removeprefix(_READY).strip()
     finally:
         process.terminate()

@@ -50,7 +50,7 @@ def test_a_gain_needs_the_attainment_that_the_rival_has():
     results = Results("tiny", loads=(1.0,), slos=(SLO,))
     good, bad = [answer()], [answer(tpot_s=5.0)]
     results.points = [point(answers=bad), point("alternating", good, trained=50.0)]
-    assert results.gain("alternating", 1.0, SLO) is None
+    assert results.gain("alternating", 1.0, SLO) == 0.0
     results.points = [point(answers=good), point("alternating", bad, trained=50.0)]
     assert results.gain("alternating", 1.0, SLO) == pytest.approx(2.0)
     assert results.gain("two processes", 1.0, SLO) is None
