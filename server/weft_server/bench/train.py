@@ -23,6 +23,7 @@ from weft_server.bench.report import Report
 from weft_server.bench.rivals import Measured, Threads, race
 from weft_server.bench.settings import Setting, read_setting
 from weft_server.bench.stats import Timings, median_ratio
+from weft_server.model.activations import LayerActivations
 from weft_server.protocol import JobSpec, LoraSpec
 
 GRADIENT_TOLERANCE = {"bfloat16": 0.08, "float32": 1e-3}
@@ -203,7 +204,10 @@ def measure_memory(report: Report, setting: Setting, weft: WeftTrainer, subject:
     for part, size in kept.items():
         table.add(part, size / 1024)
     table.add("together", sum(kept.values()) / 1024)
+    activations = config.num_layers * LayerActivations.bytes_per_row(config, dtype)
+    table.add("activations of all layers, where memory allows to keep them", activations / 1024)
     report.data["kept_bytes_per_token"] = kept
+    report.data["activation_bytes_per_token"] = activations
     if setting.on_gpu:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
