@@ -7,8 +7,7 @@ import traceback
 
 # The API process always runs beside the engine. Threads that spin for long while they wait then stall one
 # another; those that sleep at once wake late (`docs/decisions.md`, "OpenMP threads").
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Weights in huge pages, where the kernel grants them to whoever asks (`docs/decisions.md`, "CPU").
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
