@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 _CLEARING_TOKENS = 8
 """So many tokens behind those it had at a death, more than an engine has under way, a request is cleared."""
+_CLEARING_STEPS = 2
+"""So many optimizer steps behind the last that it had reported, a job is cleared: the report of one more may
+have died with the engine, and then the next was fatal."""
 
 
 class EngineObserver(Protocol):
@@ -260,7 +263,9 @@ class EngineClient:
             for request_id, stream in self._streams.items()
             if request_id in planned
         }
-        goals |= {job_id: step + 1 for job_id, step in self._job_steps.items() if job_id in planned}
+        goals |= {
+            job_id: step + _CLEARING_STEPS for job_id, step in self._job_steps.items() if job_id in planned
+        }
         guilty = self._suspects.engine_died(goals)
         self._held_jobs.clear()
         if guilty is None:
