@@ -70,6 +70,7 @@ class PackRecord:
     num_forwarded: int = 0
     block_ids: tuple[int, ...] = ()
     has_loss: bool = False
+    keeps_activations: bool = False
     slices: list[tuple[int, int]] = field(default_factory=list)
     is_done: bool = False
     num_drops: int = 0
@@ -343,6 +344,8 @@ class SimulatedEngine:
             record = self.packs[name]
             adapter: str | None = record.spec.adapter
             assert segment.start == record.num_forwarded
+            assert segment.start == 0 or segment.keeps_activations is record.keeps_activations
+            record.keeps_activations = segment.keeps_activations
             assert segment.num_tokens >= min(16, self.limits.window_tokens) or end == record.spec.num_tokens
             assert segment.with_loss is not record.has_loss
             assert not segment.samples
@@ -368,6 +371,7 @@ class SimulatedEngine:
 
     def execute_slice(self, part: Any) -> None:
         assert part.pack_ids
+        assert len({self.packs[pack_id].keeps_activations for pack_id in part.pack_ids}) == 1
         for pack_id in part.pack_ids:
             record = self.packs[pack_id]
             assert record.num_forwarded == record.spec.num_tokens, "backward before forward"

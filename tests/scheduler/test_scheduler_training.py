@@ -166,6 +166,24 @@ def test_packs_alive_stay_within_the_activation_limit(make_engine: Callable[...,
     assert engine.steps_done["j"] == 1
 
 
+@pytest.mark.parametrize(("max_kept_tokens", "num_keeping"), [(0, 0), (31, 1), (32, 2), (96, 6)])
+def test_packs_keep_their_activations_while_there_is_room_and_recompute_beyond(
+    make_engine: Callable[..., Any], max_kept_tokens: int, num_keeping: int
+) -> None:
+    """Six packs of 16 tokens are admitted at once, in a pipeline of two plans; then six more."""
+    engine = make_engine(max_train_tokens=96, max_kept_tokens=max_kept_tokens, max_inflight=2)
+    engine.add_job("j", 64)
+    engine.add_step("j", "t", [16] * 12)
+    most = 0
+    while engine.scheduler.has_work():
+        engine.step()
+        alive = [r for r in engine.packs.values() if r.num_forwarded and not r.is_done]
+        most = max(most, sum(record.keeps_activations for record in alive))
+        assert sum(r.spec.num_tokens for r in alive if r.keeps_activations) <= max_kept_tokens
+    assert most == num_keeping
+    assert engine.steps_done["j"] == 1
+
+
 @pytest.mark.parametrize("max_inflight", [1, 2])
 def test_arriving_requests_take_the_blocks_of_packs_which_resume_where_they_were(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any], max_inflight: int

@@ -156,6 +156,7 @@ class Harness:
             "window_tokens": 16,
             "num_layers": CONFIG.num_layers,
             "max_train_tokens": 512,
+            "max_kept_tokens": 64,
             "max_inflight": self.pipeline_depth + 1,
         }
         limits = Limits(**(sizes | self.limits))
