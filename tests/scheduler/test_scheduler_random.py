@@ -137,6 +137,8 @@ def random_setting(rng: random.Random) -> dict[str, Any]:
         setting["max_flex_wait_s"] = 0.2
     if rng.random() < 0.3:
         setting["nan_rate"] = 0.02
+    if rng.random() < 0.5:
+        setting["max_kept_tokens"] = rng.randint(0, 64)
     if rng.random() < 0.3:
         setting |= {"max_num_seqs": 3, "max_batch_tokens": 11}
     return setting
