@@ -255,8 +255,9 @@ def _machine(report: Report) -> str:
 
 
 def _on(report: Report) -> str:
-    """Model and kind of device."""
-    return f"{_model(report)}, {'GPU' if _is_gpu(report) else 'CPU'}"
+    """Model and kind of device; and whether the run was a short one, which says little."""
+    quick = ", quick run of few requests" if "--quick" in report["command"].split() else ""
+    return f"{_model(report)}, {'GPU' if _is_gpu(report) else 'CPU'}{quick}"
 
 
 def _part(report: Report) -> str:

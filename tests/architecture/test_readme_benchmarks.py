@@ -54,6 +54,14 @@ def reports(tmp_path: Path, readme_table: ModuleType) -> list[dict[str, Any]]:
     return found
 
 
+def test_a_quick_run_says_so_in_every_row(reports: list[dict[str, Any]], readme_table: ModuleType) -> None:
+    assert "quick run" not in readme_table.readme_block(reports)
+    reports[0]["command"] += " --quick"
+    text = readme_table.readme_block(reports)
+    assert "| tiny, CPU, quick run of few requests | decode |" in text
+    assert "| tiny, CPU, quick run of few requests | as fast |" in text
+
+
 def test_the_readme_shows_the_fastest_rival_of_each_measure(
     reports: list[dict[str, Any]], readme_table: ModuleType
 ) -> None:
