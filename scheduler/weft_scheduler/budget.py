@@ -21,7 +21,7 @@ FLEX_FACTOR = 4.0
 """How much longer the flex class may wait, unless it has targets of its own."""
 
 MAX_OPEN_S = 0.25
-"""The longest iteration while nobody waits for tokens."""
+"""The longest that an arrival while nobody waits for tokens should wait for what is under way."""
 
 PROBE_INTERVAL = 64
 """With a relative target, plans of decodes alone after which one goes without finetuning, to be measured."""
@@ -96,7 +96,9 @@ class BudgetController:
         # An arrival waits for the plans in flight, then for its own prompt.
         self._longest_s = targets.ttft_s / (max_inflight + 2)
         self.decode_budget_s = min(targets.tpot_s * SAFETY, self._longest_s)
-        self._widest_s = max(min(targets.ttft_s / 4.0, MAX_OPEN_S) / max_inflight, self.decode_budget_s)
+        # Without a pipeline an arrival ends the backward under way, which is half of finetuning or more.
+        most_s = MAX_OPEN_S * 2.0 if max_inflight == 1 else MAX_OPEN_S / max_inflight
+        self._widest_s = max(min(targets.ttft_s / 4.0 / max_inflight, most_s), self.decode_budget_s)
         self.open_budget_s = self._widest_s
         self.measured_s: float | None = None
         self.measured_ttft_s: float | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Sizes
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from weft_scheduler.charging import Pieces, split_time
@@ -158,16 +158,29 @@ class PlanDraft:
         return True
 
     def try_add_window(
-        self, training: TrainingQueue, pack: Pack, adapter_slot: int, budget_s: float, whole: int
+        self,
+        training: TrainingQueue,
+        pack: Pack,
+        adapter_slot: int,
+        budget_s: float,
+        whole: int,
+        dearest: float = inf,
     ) -> bool:
         """The next `whole` tokens of a pack's forward, or as many of them as fit, from `MIN_WINDOW_TOKENS`
-        on; advances the pack.
+        on; advances the pack. Not if a token would take more than `dearest` times what one of `whole` tokens
+        takes in a plan of their own.
         """
-        start = pack.num_forwarded
+        start, before_s = pack.num_forwarded, self.predicted_s
         loss_share = 0.0 if pack.has_loss else pack.spec.num_target_tokens / pack.spec.num_tokens
         new = self._count_adapters((adapter_slot,))
         num_tokens = self._search_chunk(start, min(whole, self.tokens_left), budget_s, loss_share)
-        if num_tokens < min(whole, MIN_WINDOW_TOKENS):
+        is_too_dear = dearest < inf and num_tokens > 0
+        if is_too_dear:
+            added_s = self._predict_chunk(start, num_tokens, loss_share) - before_s
+            alone_s = self.cost.chunk_s(whole, start + whole, ceil(loss_share * whole))
+            alone_s += self.cost.adapter_s(self._elements_of([adapter_slot]))
+            is_too_dear = added_s / num_tokens > dearest * alone_s / whole
+        if num_tokens < min(whole, MIN_WINDOW_TOKENS) or is_too_dear:
             self._uncount_adapters(new)
             return False
         self._count_chunk(start, num_tokens)

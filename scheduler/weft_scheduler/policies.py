@@ -47,7 +47,7 @@ class WeftPolicy:
         plan_decodes(state, draft)
         decode_s, open_s = budget.decode_budget_s, budget.open_budget_s
         budget_s = decode_s if draft.num_decodes else max(decode_s, open_s)
-        is_due = trickle_is_due(state)
+        is_due = trickle_is_due(state, budget)
         num_kept_tokens = state.limits.window_tokens if is_due else 0
         plan_prefills(state, draft, budget_s, num_kept_tokens, num_kept_blocks(state, draft.now_s))
         left_s = min(decode_s, open_s) if draft.forward else open_s
@@ -113,7 +113,7 @@ class AlternatingPolicy:
         target_s = budget.tpot_s * SAFETY
         if self._is_training_turn:
             self._is_training_turn = False
-            left_s = self._train(state, draft, max(0.0, target_s - self._inference_s), may_skip=True)
+            left_s = self._train(state, draft, budget, max(0.0, target_s - self._inference_s), may_skip=True)
             if not draft.is_empty:
                 return left_s
         plan_decodes(state, draft)
@@ -125,13 +125,21 @@ class AlternatingPolicy:
         self._is_training_turn = bool(draft.forward)
         if draft.forward:
             return budget_s
-        return self._train(state, draft, budget.open_budget_s, may_skip=False)
+        return self._train(state, draft, budget, budget.open_budget_s, may_skip=False)
 
-    def _train(self, state: SchedulerState, draft: PlanDraft, budget_s: float, *, may_skip: bool) -> float:
+    def _train(
+        self,
+        state: SchedulerState,
+        draft: PlanDraft,
+        budget: BudgetController,
+        budget_s: float,
+        *,
+        may_skip: bool,
+    ) -> float:
         draft.must_finish_layer |= self._must_finish_layer
         draft.stops_between_layers |= self._stops_between_layers
         self._must_finish_layer = self._stops_between_layers = False
-        is_due = trickle_is_due(state)
+        is_due = trickle_is_due(state, budget)
         plan_training(state, draft, budget_s, is_due=is_due, may_be_empty=may_skip)
         return budget_s
 

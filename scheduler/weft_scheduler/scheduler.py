@@ -6,7 +6,7 @@ clocks; `now` is any monotonic time in seconds.
 
 What may exceed the budget (everything else keeps `predicted_s` ≤ `budget_s`):
 - decodes are never held back, and prompts get `MIN_PREFILL_TOKENS` tokens in every plan;
-- finetuning gets one unit (window, slice or optimizer step) after `TRICKLE_INTERVAL` plans without any, and
+- finetuning gets one unit (window, slice or optimizer step) after `trickle_interval` plans without any, and
   in a plan that would otherwise be empty;
 - a wave finishes its layer when decodes need the blocks of its packs.
 

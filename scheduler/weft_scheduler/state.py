@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from heapq import nlargest
 from itertools import pairwise
+from math import inf
 
 from weft_scheduler.blocks import BlockAllocator
 from weft_scheduler.cost import CostModel
@@ -59,6 +60,7 @@ class SchedulerState:
         self.meter = ServiceMeter()
         self.committed = 0
         self.num_idle_training_plans = 0
+        self.last_open_s = -inf
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
 

@@ -1,9 +1,9 @@
 """Finetuning: which packs get blocks, and how many windows, slices and optimizer steps a plan takes.
 
 Optimizer steps go first (their jobs stand still), then forward windows (they make waves wide; one that does
-not fit is cut), then the slices of the wave. Tenants take turns by their shares when packs are admitted;
-those that are ahead of others whose finetuning could run sit out, with their windows and from the next wave
-on.
+not fit is cut, one that is dear beside requests waits for a while), then the slices of the wave. Tenants take
+turns by their shares when packs are admitted; those that are ahead of others whose finetuning could run sit
+out, with their windows and from the next wave on.
 """
 
 from __future__ import annotations
@@ -12,20 +12,35 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from math import inf
 
+from weft_scheduler.budget import BudgetController
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.state import SchedulerState
 from weft_scheduler.training import Job, Pack, PackStatus, Wave
 
-TRICKLE_INTERVAL = 8
-"""Plans after which finetuning gets one unit, whatever the budget."""
+LEAST_TRICKLE_INTERVAL, MOST_TRICKLE_INTERVAL = 8, 120
+"""Bounds of the number of plans after which finetuning gets one unit, whatever the budget."""
+
+PATIENCE_S = 5.0
+"""How long windows that take much longer beside requests wait for a plan without any."""
+
+_IMPATIENCE_S = 8 * PATIENCE_S
+_DEAREST = 1.25
 
 MAX_LEAD_S = 0.5
 """How far a tenant may be ahead of another tenant's runnable finetuning before its work must wait."""
 
 
-def trickle_is_due(state: SchedulerState) -> bool:
+def trickle_interval(percentile: float) -> int:
+    """Plans of which one may be late without moving the percentile (0 to 100) of their times, with a fifth to
+    spare."""
+    late_share = max(1.0 - percentile / 100.0, 1e-3)
+    return min(max(round(1.2 / late_share), LEAST_TRICKLE_INTERVAL), MOST_TRICKLE_INTERVAL)
+
+
+def trickle_is_due(state: SchedulerState, budget: BudgetController) -> bool:
     """Whether this plan must take one unit of finetuning."""
-    return state.num_idle_training_plans >= TRICKLE_INTERVAL - 1 and is_runnable(state)
+    interval = trickle_interval(budget.targets.percentile)
+    return state.num_idle_training_plans >= interval - 1 and is_runnable(state)
 
 
 def is_runnable(state: SchedulerState) -> bool:
@@ -89,18 +104,35 @@ def plan_training(
     """Add units of finetuning within the budget; at least one if `is_due`, or if the plan would be empty and
     must not be.
     """
+    if not draft.forward:
+        state.last_open_s = draft.now_s
     if draft.must_finish_layer:
         finish_layer(state, draft)
     _admit_packs(state, draft)
     _add_steps(state, draft, budget_s)
     is_in_turn = _turns(state, draft)
-    _add_windows(state, draft, budget_s, is_in_turn)
+    is_patient = awaits_open_plan(state, draft)
+    _add_windows(state, draft, budget_s, is_in_turn, is_patient=is_patient)
     _add_slices(state, draft, budget_s, is_in_turn)
     is_empty = not draft.forward and not _step_is_in_flight(state)
     if not draft.num_training_units and (is_due or (is_empty and not may_be_empty)):
         _force_one(state, draft)
-    is_idle = is_runnable(state) and not draft.num_training_units
-    state.num_idle_training_plans = state.num_idle_training_plans + 1 if is_idle else 0
+    if draft.num_training_units or not is_runnable(state):
+        state.num_idle_training_plans = 0
+    elif not is_patient:
+        state.num_idle_training_plans += 1
+
+
+def awaits_open_plan(state: SchedulerState, draft: PlanDraft) -> bool:
+    """Whether windows that are dear beside the requests of this plan wait for one without any.
+
+    They do for `PATIENCE_S` after such a plan: as long as machines with some idle time take to finish what
+    they are at, the sooner the less is put beside it. Where none comes, they do so again for an equally long
+    time now and then, as it may be the windows which keep the machine from ever being idle.
+    """
+    if not draft.forward or state.last_open_s == -inf:
+        return False
+    return (draft.now_s - state.last_open_s) % (PATIENCE_S + _IMPATIENCE_S) < PATIENCE_S
 
 
 def plan_capped_training(state: SchedulerState, draft: PlanDraft, max_tokens: int, max_layers: int) -> None:
@@ -202,13 +234,22 @@ def _add_steps(state: SchedulerState, draft: PlanDraft, budget_s: float) -> None
 
 
 def _add_windows(
-    state: SchedulerState, draft: PlanDraft, budget_s: float, is_in_turn: Callable[[Pack], bool]
+    state: SchedulerState,
+    draft: PlanDraft,
+    budget_s: float,
+    is_in_turn: Callable[[Pack], bool],
+    *,
+    is_patient: bool,
 ) -> None:
-    """As many tokens of forward passes as fit, the oldest pack first; those of one pack are one window."""
+    """As many tokens of forward passes as fit, the oldest pack first; those of one pack are one window. If
+    `is_patient`, none that takes much longer than alone.
+    """
+    dearest = _DEAREST if is_patient else inf
     for pack in filter(is_in_turn, state.training.alive):
         if pack.status is PackStatus.FORWARDING:
             rest = pack.spec.num_tokens - pack.num_forwarded
-            if not _add_window(state, draft, pack, budget_s, rest) or pack.status is PackStatus.FORWARDING:
+            is_added = _add_window(state, draft, pack, budget_s, rest, dearest)
+            if not is_added or pack.status is PackStatus.FORWARDING:
                 return
 
 
@@ -245,10 +286,15 @@ def _force_one(state: SchedulerState, draft: PlanDraft) -> None:
 
 
 def _add_window(
-    state: SchedulerState, draft: PlanDraft, pack: Pack, budget_s: float, num_tokens: int
+    state: SchedulerState,
+    draft: PlanDraft,
+    pack: Pack,
+    budget_s: float,
+    num_tokens: int,
+    dearest: float = inf,
 ) -> bool:
     slot = _slot(state, state.training.jobs[pack.spec.job_id])
-    return draft.try_add_window(state.training, pack, slot, budget_s, num_tokens)
+    return draft.try_add_window(state.training, pack, slot, budget_s, num_tokens, dearest)
 
 
 def _add_slice(state: SchedulerState, draft: PlanDraft, wave: Wave, budget_s: float) -> bool:

@@ -19,6 +19,12 @@ IN_WIDTH = 72
 DECODE = [(0, 0, 1), (1, 1, 2), (2, 3, 1), (3, 4, 3)]
 
 
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack as soon as an adapter is in none."""
+    monkeypatch.setattr(stacks, "PATIENCE", 1)
+
+
 @pytest.fixture
 def adapters(make_adapters: Callable[..., Any]) -> Any:
     if not can_prepack(torch.device("cpu"), torch.bfloat16):
@@ -70,7 +76,12 @@ def assert_close(found: Tensor, wanted: Tensor) -> None:
 
 def num_stacks(adapters: Any) -> int:
     """Groups of modules that are multiplied in stacks at present."""
-    return sum(len(kept.groups) for kept in adapters.table.stacks._sets.values())
+    return sum(len(stack.groups) for stack in adapters.table.stacks._stacks)
+
+
+def stacked_slots(adapters: Any) -> list[set[int]]:
+    """The adapters of each stack that has groups."""
+    return [set(stack.versions) for stack in adapters.table.stacks._stacks if stack.groups]
 
 
 @pytest.mark.parametrize("modules", [(0,), MODULES], ids=str)
@@ -90,39 +101,114 @@ def test_rows_of_several_adapters_get_their_own_updates(
 ) -> None:
     x = inputs(60)
     wanted = expected(adapters, x, runs, modules)
-    assert_close(updated(adapters, x, runs, modules), wanted)
+    with mock.patch.object(stacks, "MAX_STACK_BYTES", 0):
+        alone = updated(adapters, x, runs, modules)
     assert num_stacks(adapters) == 0
-    for _ in range(2):
-        assert_close(updated(adapters, x, runs, modules), wanted)
-        assert num_stacks(adapters) == 1
+    stacked = updated(adapters, x, runs, modules)
+    assert num_stacks(adapters) == 1
+    assert_close(alone, wanted)
+    assert_close(stacked, wanted)
 
 
 def test_modules_whose_zeros_would_cost_more_than_a_call_stay_apart(adapters: Any) -> None:
     x = inputs(7)
     with mock.patch.object(stacks, "_CALL_BYTES", 0):
-        updated(adapters, x, DECODE)
         apart = updated(adapters, x, DECODE)
-        [group] = next(iter(adapters.table.stacks._sets.values())).groups.values()
+        [group] = adapters.table.stacks._stacks[0].groups.values()
     assert [(block.first_member, block.end_member) for block in group.blocks] == [(0, 1), (1, 2), (2, 3)]
     assert_close(apart, expected(adapters, x, DECODE))
 
 
-def test_new_weights_are_used_at_once(adapters: Any) -> None:
+@pytest.mark.parametrize("slots", [(0,), (1, 3), (0, 1, 2)], ids=str)
+def test_a_stack_serves_any_of_its_adapters(adapters: Any, slots: tuple[int, ...]) -> None:
+    x = inputs(12)
+    updated(adapters, x, DECODE)
+    runs = [(slot, 2 * slot, 2) for slot in slots]
+    assert_close(updated(adapters, x, runs), expected(adapters, x, runs))
+    assert num_stacks(adapters) == 1
+
+
+def test_an_adapter_in_no_stack_goes_alone_beside_those_in_one(
+    adapters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = inputs(12)
+    updated(adapters, x, [(0, 0, 1), (2, 4, 2)])
+    monkeypatch.setattr(stacks, "PATIENCE", 100)
+    for runs in (DECODE, [(0, 3, 1), (1, 0, 2)], [(1, 0, 1), (3, 1, 1)]):
+        assert_close(updated(adapters, x, runs), expected(adapters, x, runs))
+    assert stacked_slots(adapters) == [{0, 2}]
+
+
+def test_a_stack_is_made_when_enough_adapters_have_gone_alone(
+    adapters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "PATIENCE", 3 * len(DECODE))
     x = inputs(7)
     for _ in range(2):
         updated(adapters, x, DECODE)
+        assert num_stacks(adapters) == 0
+    updated(adapters, x, DECODE)
+    assert num_stacks(adapters) == 1
+
+
+def test_a_stack_has_the_adapters_that_were_seen_lately(adapters: Any) -> None:
+    x = inputs(12)
+    with mock.patch.object(stacks, "PATIENCE", 3):
+        updated(adapters, x, [(1, 0, 1)])
+        updated(adapters, x, [(3, 0, 1)])
+        updated(adapters, x, [(0, 2, 1)])
+    assert stacked_slots(adapters) == [{0, 1, 3}]
+
+
+def test_a_batch_adds_few_groups(adapters: Any) -> None:
+    x, runs = inputs(7), [(0, 0, 1), (1, 1, 1)]
+    groups = [(0,), (1,), (2,), (0, 1), (1, 2), MODULES]
+    widths = [[WIDTHS[module] for module in modules] for modules in groups]
+    with mock.patch.object(stacks, "GROUPS_PER_BATCH", 4):
+        for num_expected in (4, 6, 6):
+            batch = batch_of(runs)
+            for modules, sizes in zip(groups, widths, strict=True):
+                y = torch.zeros(len(x), sum(sizes), dtype=x.dtype)
+                lora_forward(x, y, adapters.table, 1, modules, sizes, batch)
+                assert_close(y, expected(adapters, x, runs, modules))
+            assert num_stacks(adapters) == num_expected
+
+
+def test_new_weights_are_used_at_once(adapters: Any) -> None:
+    x = inputs(7)
+    updated(adapters, x, DECODE)
     adapters.table.entry(2, 1, 0).b.mul_(-3)
-    for _ in range(3):
+    adapters.table.touch(2)
+    for _ in range(2):
         assert_close(updated(adapters, x, DECODE), expected(adapters, x, DECODE))
+
+
+def test_weights_that_change_within_a_batch_are_used_at_once(adapters: Any) -> None:
+    x, batch, widths = inputs(7), batch_of(DECODE), list(WIDTHS.values())
+    for factor in (1.0, -3.0):
+        adapters.table.entry(2, 1, 0).b.mul_(factor)
+        adapters.table.touch(2)
+        y = torch.zeros(len(x), sum(widths), dtype=x.dtype)
+        lora_forward(x, y, adapters.table, 1, MODULES, widths, batch)
+        assert_close(y, expected(adapters, x, DECODE))
+
+
+def test_an_adapter_that_changes_leaves_stacks_without_it_alone(adapters: Any) -> None:
+    x = inputs(12)
+    updated(adapters, x, [(0, 0, 1)])
+    updated(adapters, x, [(3, 0, 1)])
+    assert stacked_slots(adapters) == [{0}, {0, 3}]
+    adapters.table.touch(3)
+    updated(adapters, x, [(0, 0, 1)])
+    assert stacked_slots(adapters) == [{0}]
 
 
 def test_a_slot_that_changes_hands_is_not_read_from_a_stack(adapters: Any) -> None:
     x = inputs(7)
-    for _ in range(2):
-        updated(adapters, x, DECODE)
+    updated(adapters, x, DECODE)
     adapters.table.set_slot(0, adapters.bases[2], adapters.entries[2])
     adapters.table.clear_slot(1)
-    for _ in range(3):
+    for _ in range(2):
         assert_close(updated(adapters, x, DECODE), expected(adapters, x, DECODE))
 
 
@@ -131,27 +217,31 @@ def test_a_slot_that_changes_hands_is_not_read_from_a_stack(adapters: Any) -> No
 def test_no_row_sees_a_neighbours_overflow(adapters: Any, matrix: str, value: float) -> None:
     x = inputs(7)
     getattr(adapters.table.entry(2, 1, 0), matrix).fill_(value)
+    adapters.table.touch(2)
     others = [0, 1, 2, 4, 5, 6]
-    for _ in range(3):
+    for _ in range(2):
         assert_close(updated(adapters, x, DECODE)[others], expected(adapters, x, DECODE)[others])
 
 
-def test_sets_of_adapters_beyond_the_memory_limit_are_multiplied_one_by_one(adapters: Any) -> None:
+def test_adapters_beyond_the_memory_limit_are_multiplied_one_by_one(adapters: Any) -> None:
     x = inputs(7)
-    with mock.patch.object(stacks, "MAX_STACK_BYTES", 1000):
+    itemsize = adapters.table.weights.element_size()
+    most = (adapters.table.num_elements(0) + adapters.table.num_elements(3)) * itemsize
+    with mock.patch.object(stacks, "MAX_STACK_BYTES", most):
         for _ in range(3):
             assert_close(updated(adapters, x, DECODE), expected(adapters, x, DECODE))
-        assert num_stacks(adapters) == 0
+        assert stacked_slots(adapters) == [{0, 3}]
 
 
-def test_the_oldest_stacks_make_room(adapters: Any) -> None:
+def test_the_stack_that_serves_least_makes_room(adapters: Any) -> None:
     x = inputs(7)
     all_elements = sum(adapters.table.num_elements(slot) for slot in RANKS)
     with mock.patch.object(stacks, "MAX_STACK_BYTES", 2 * all_elements):
-        for runs in (DECODE, DECODE[:2], DECODE[1:], DECODE):
-            for _ in range(2):
-                assert_close(updated(adapters, x, runs), expected(adapters, x, runs))
-            assert num_stacks(adapters) == 1
+        updated(adapters, x, DECODE[:2])
+        assert stacked_slots(adapters) == [{0, 1}]
+        for _ in range(2):
+            assert_close(updated(adapters, x, DECODE), expected(adapters, x, DECODE))
+            assert stacked_slots(adapters) == [{0, 1, 2, 3}]
 
 
 @pytest.mark.parametrize("distance", [128, 128 + 64], ids=["even", "uneven"])

@@ -113,7 +113,7 @@ def test_the_budget_stays_within_a_tenth_and_one_and_a_half_of_the_target() -> N
 
 def test_without_decodes_the_budget_is_what_an_arrival_may_wait() -> None:
     assert BudgetController(LatencyTargets(0.05, 1.0)).open_budget_s == 0.25
-    assert BudgetController(LatencyTargets(0.05, 60.0)).open_budget_s == 0.25
+    assert BudgetController(LatencyTargets(0.05, 60.0)).open_budget_s == 0.5
     assert BudgetController(LatencyTargets(0.05, 1.0), max_inflight=2).open_budget_s == 0.125
 
 

@@ -248,7 +248,7 @@ def test_an_arrival_does_not_wait_for_a_layer_of_a_wave_that_only_trickles(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any]
 ) -> None:
     engine = make_engine(
-        targets=LatencyTargets(tpot_s=0.002, ttft_s=2.0),
+        targets=LatencyTargets(tpot_s=0.002, ttft_s=2.0, percentile=50.0),
         noise=0.0,
         num_blocks=600,
         max_train_tokens=4096,

@@ -266,7 +266,7 @@ def test_without_decodes_prompts_may_fill_the_open_budget_and_finetuning_only_th
     for idx in range(20):
         engine.request(request_spec(f"r{idx}", num_prompt_tokens=30, max_new_tokens=1))
         plan = engine.step()
-        assert plan.budget_s == 0.25
+        assert plan.budget_s == 0.5
         assert any(s.kind is SegmentKind.PREFILL for s in plan.forward)
         assert len(plan.backward) <= 20
     engine.run()

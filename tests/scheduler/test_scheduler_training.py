@@ -10,6 +10,7 @@ import pytest
 
 from weft_scheduler import CostModel, LatencyTargets, PackSpec, Scheduler, SegmentKind, StepResult
 from weft_scheduler.requests import RequestTooLarge
+from weft_scheduler.training_policy import trickle_interval
 
 TIGHT = LatencyTargets(tpot_s=0.0105, ttft_s=2.0)
 
@@ -101,10 +102,14 @@ def test_decodes_come_first_and_finetuning_takes_what_the_budget_leaves(
     assert engine.steps_done["j"] == 1
 
 
+@pytest.mark.parametrize(("percentile", "expected_interval"), [(50.0, 8), (95.0, 24), (99.0, 120)])
 def test_finetuning_trickles_while_decodes_alone_exceed_the_budget(
-    make_engine: Callable[..., Any], request_spec: Callable[..., Any]
+    make_engine: Callable[..., Any],
+    request_spec: Callable[..., Any],
+    percentile: float,
+    expected_interval: int,
 ) -> None:
-    engine = make_engine(targets=LatencyTargets(0.005, 2.0), max_model_len=256)
+    engine = make_engine(targets=LatencyTargets(0.005, 2.0, percentile), max_model_len=256)
     engine.add_job("j", 64)
     engine.request(request_spec("r", max_new_tokens=160))
     while not any(s.kind is SegmentKind.DECODE for s in engine.step().forward):
@@ -113,11 +118,56 @@ def test_finetuning_trickles_while_decodes_alone_exceed_the_budget(
     engine.add_step("j", "t", [16, 16])
     while engine.requests["r"].finish_reason is None:
         engine.step()
-    pattern = [units(plan) for plan in engine.plans[first:]]
+    pattern = [units(plan) for plan in engine.plans[first:-1]]
     assert set(pattern) == {0, 1}
-    assert sum(pattern) >= len(pattern) // 8 - 1 or engine.steps_done["j"] == 1
+    interval = trickle_interval(percentile)
+    assert sum(pattern) >= len(pattern) // interval - 1 or engine.steps_done["j"] == 1
     gaps = [idx for idx, count in enumerate(pattern) if count]
-    assert all(later - earlier >= 8 for earlier, later in pairwise(gaps))
+    assert all(later - earlier >= interval for earlier, later in pairwise(gaps))
+    assert interval == expected_interval
+
+
+def window_times(engine: Any, request_spec: Callable[..., Any], loss_window_s: float) -> list[float]:
+    """When windows of endless finetuning are forwarded beside a request that begins now, in seconds since
+    then. An iteration takes 10 ms and 1 ms a token, a window with a loss `loss_window_s` more.
+    """
+    values = CostModel().to_dict()
+    weights = dict.fromkeys(values["weights"], 0.0) | {"num_loss_windows": loss_window_s}
+    curve = {knot: 0.01 + int(knot) / 1000 for knot in values["curve"]}
+    cost = CostModel.from_dict({"curve": curve, "weights": weights})
+    engine.scheduler.cost = engine.scheduler._state.cost = cost
+    engine.train_endlessly("j", "t", [64] * 4)
+    engine.step()
+    engine.request(request_spec("r", num_prompt_tokens=4, max_new_tokens=2200))
+    began_s, times = engine.now, []
+    while engine.requests["r"].finish_reason is None:
+        now_s, plan = engine.now, engine.step()
+        kinds = {segment.kind for segment in plan.forward}
+        if {SegmentKind.TRAIN, SegmentKind.DECODE} <= kinds:
+            times.append(now_s - began_s)
+    return times
+
+
+@pytest.mark.parametrize("loss_window_s", [0.0, 0.03], ids=["cheap", "dear"])
+def test_windows_that_are_dear_beside_requests_wait_for_a_plan_without_any_and_not_for_ever(
+    make_engine: Callable[..., Any], request_spec: Callable[..., Any], loss_window_s: float
+) -> None:
+    engine = make_engine(
+        targets=LatencyTargets(0.065, 2.0),
+        num_blocks=900,
+        max_model_len=2300,
+        max_batch_tokens=128,
+        noise=0.0,
+    )
+    times = window_times(engine, request_spec, loss_window_s)
+    gaps = [later - sooner for sooner, later in pairwise(times)]
+    if loss_window_s:
+        assert 4.9 < times[0] < 5.2
+        assert 4.9 < max(gaps) < 5.2, "now and then they wait again"
+    else:
+        assert times[0] < 0.5
+        assert max(gaps) < 1.0
+    assert len(times) > 100
 
 
 def test_a_flood_of_prompts_that_fills_every_batch_leaves_the_trickle_its_window(
@@ -142,7 +192,7 @@ def test_the_budget_opens_when_nobody_waits_for_tokens(make_engine: Callable[...
     engine.add_step("j", "t", [64])
     engine.run()
     training = [plan for plan in engine.plans if plan.backward]
-    assert training[0].budget_s == 0.25
+    assert training[0].budget_s == 0.5
     assert max(plan.predicted_s for plan in training) > 0.02
 
 

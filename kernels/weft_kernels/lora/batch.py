@@ -143,14 +143,19 @@ class LoraBatch:
         ]
         if not few:
             return None
-        index = [row for slot, _, _ in few for run in self._runs_by_slot[slot] for row in range(*run)]
-        is_run = index == list(range(index[0], index[0] + len(index)))
+        slots = tuple(slot for slot, _, _ in few)
         return FewRows(
-            slots=tuple(slot for slot, _, _ in few),
+            slots=slots,
             counts=tuple(count for _, count, _ in few),
             segments=tuple((slot, rows) for slot, _, rows in few),
-            rows=slice(index[0], index[-1] + 1) if is_run else upload_indices(index, self.token_idx.device),
+            rows=self.rows_of(slots),
         )
+
+    def rows_of(self, slots: Sequence[int]) -> slice | Tensor:
+        """The rows of these slots, one slot after the other: a slice where they are one run, else int64."""
+        index = [row for slot in slots for run in self._runs_by_slot[slot] for row in range(*run)]
+        is_run = index == list(range(index[0], index[0] + len(index)))
+        return slice(index[0], index[-1] + 1) if is_run else upload_indices(index, self.token_idx.device)
 
     @staticmethod
     def build(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from weft_kernels.exact_products import bf16_valued
-from weft_kernels.lora.batch import EvenRun, FewRows, LoraBatch
+from weft_kernels.lora.batch import EvenRun, LoraBatch
 from weft_kernels.lora.dropout import LoraDropout, dropout_mask
-from weft_kernels.lora.stacks import GroupStack, StackCache
+from weft_kernels.lora.stacks import Stacked
 from weft_kernels.lora.table import LoraGroup, LoraTable
 from weft_kernels.lora.widening import Widener
 
@@ -57,17 +57,18 @@ def _add_together(
 ) -> Iterable[tuple[int, slice | Tensor]]:
     """Add the updates of segments that are multiplied together; the segments that remain."""
     few, many, even = batch.groups.few, batch.groups.many, batch.groups.even
+    alone = () if few is None else few.segments
     if few is not None and _may_stack(x, y, table):
-        stack = table.stacks.find(batch, few, table, layer, modules)
-        if stack is not None:
-            _add_stacked(x, y, table.stacks, stack, few, columns)
-            few = None
+        stacked = table.stacks.find(batch, few, table, layer, modules)
+        if stacked is not None:
+            _add_stacked(x, y, stacked, columns)
+            alone = stacked.rest
     if even is not None:
         groups = [table.group(slot, layer, modules) for slot, _ in many]
         if _are_alike(groups, x):
             _add_even(x, y, [group for group in groups if group is not None], even, columns)
             many = ()
-    return many if few is None else (*few.segments, *many)
+    return (*alone, *many)
 
 
 def _may_stack(x: Tensor, y: Tensor, table: LoraTable) -> bool:
@@ -75,18 +76,12 @@ def _may_stack(x: Tensor, y: Tensor, table: LoraTable) -> bool:
     return not needs_autograd and x.dtype == y.dtype == table.weights.dtype
 
 
-def _add_stacked(
-    x: Tensor,
-    y: Tensor,
-    cache: StackCache,
-    stack: GroupStack,
-    few: FewRows,
-    columns: Sequence[tuple[int, int]],
-) -> None:
-    v = cache.clear_foreign(stack.a.product(_take(x, few.rows)), stack, few)
-    for block in stack.blocks:
+def _add_stacked(x: Tensor, y: Tensor, stacked: Stacked, columns: Sequence[tuple[int, int]]) -> None:
+    v = stacked.group.a.product(_take(x, stacked.rows)).masked_fill_(stacked.foreign, 0.0)
+    for block in stacked.group.blocks:
         start, end = columns[block.first_member][0], columns[block.end_member - 1][1]
-        _add_rows(y, few.rows, start, end, block.b.product(v[:, block.rank_start : block.rank_end]), 1.0)
+        delta = block.b.product(v[:, block.rank_start : block.rank_end])
+        _add_rows(y, stacked.rows, start, end, delta, 1.0)
 
 
 def _are_alike(groups: Sequence[LoraGroup | None], x: Tensor) -> bool:

@@ -103,6 +103,7 @@ class LoraTable:
         self.version = 0
         self.stacks = StackCache()
         self.widener = Widener()
+        self._slot_versions = [0] * num_slots
         self._bases = [0] * num_slots
         self._entries: list[dict[tuple[int, int], LoraEntry]] = [{} for _ in range(num_slots)]
         self._max_ranks = [0] * num_slots
@@ -130,7 +131,7 @@ class LoraTable:
         self._entries[slot] = by_site
         self._max_ranks[slot] = max((entry.rank for entry in by_site.values()), default=0)
         self._groups[slot] = {}
-        self.version += 1
+        self.touch(slot)
         self._write_rows(slot)
 
     def rebase_slot(self, slot: int, base: int) -> None:
@@ -145,6 +146,15 @@ class LoraTable:
     def clear_slot(self, slot: int) -> None:
         """Make `slot` adapt nothing. Raises IndexError for a slot outside the table."""
         self.set_slot(slot, 0, ())
+
+    def touch(self, slot: int) -> None:
+        """The weights of `slot` have been overwritten in place. Without it, copies of them are used on."""
+        self.version += 1
+        self._slot_versions[slot] = self.version
+
+    def slot_version(self, slot: int) -> int:
+        """Another number after every change of the slot or of its weights."""
+        return self._slot_versions[slot]
 
     def entry(self, slot: int, layer: int, module: int) -> SlotEntry | None:
         """The views of one adapted layer, or None where `slot` does not adapt it."""

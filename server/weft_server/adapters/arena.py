@@ -167,6 +167,7 @@ class AdapterArena:
                 f"slot {slot} has {extent.end - extent.start} elements, got shape {tuple(flat.shape)}"
             )
         self.weights[extent.start : extent.end].copy_(flat, non_blocking=flat.is_cuda)
+        self.table.touch(slot)
 
     def view(self, slot: int) -> Tensor:
         """The weights at `slot` as a view `[num_elements]`. Raises ValueError if it is empty or loading."""

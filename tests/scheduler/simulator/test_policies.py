@@ -13,7 +13,7 @@ from weft_scheduler.simulator.capacity import plan_replicas
 from weft_scheduler.simulator.report import Slo
 from weft_scheduler.simulator.simulation import Setup, Simulation, simulate
 from weft_scheduler.simulator.trace import Trace
-from weft_scheduler.training_policy import TRICKLE_INTERVAL
+from weft_scheduler.training_policy import trickle_interval
 
 Traces = Callable[..., Trace]
 Setups = Callable[..., Setup]
@@ -76,7 +76,7 @@ def test_alternating_skips_turns_for_which_nothing_is_left(
     plans = plans_of(make_trace(40, 10.0), setup, AlternatingPolicy(), monkeypatch)
     decoding = [i for i, a in enumerate(plans[:-1]) if any(s.kind is SegmentKind.DECODE for s in a.forward)]
     trained = sum(trains(plans[i + 1]) for i in decoding)
-    assert 0 < trained <= 2 * len(decoding) / TRICKLE_INTERVAL
+    assert 0 < trained <= 2 * len(decoding) / trickle_interval(setup.slo.percentile)
 
 
 def test_a_static_cap_bounds_windows_and_layers_whatever_the_time(

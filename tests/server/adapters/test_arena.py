@@ -88,7 +88,9 @@ def test_writing_refreshes_the_weights_in_place_and_casts():
     arena.load(1, 128, _image(one, torch.bfloat16))
     view = arena.table.entry(1, 0, 0).a
     master = torch.randn(one.num_elements, generator=torch.Generator().manual_seed(8))
+    version = arena.table.slot_version(1)
     arena.write(1, master)
+    assert arena.table.slot_version(1) != version
     assert torch.equal(view, one.layout.a(master, 0, "q_proj").bfloat16())
     assert torch.equal(arena.view(1), master.bfloat16())
     assert not arena.weights[:128].any()
