@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from math import isfinite
+from operator import mul
 from statistics import median
 from typing import Any
 
@@ -30,7 +31,10 @@ KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 _SIZE = len(KNOTS) + len(LINEAR_NAMES)
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
-_NOMINAL_WEIGHTS = (10e-9, 0.5e-9, 5e-6, 10e-6, 1.2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12, 50e-6, 50e-6, 0.8e-6)
+_NOMINAL_WEIGHTS = (
+    *(10e-9, 0.5e-9, 5e-6, 10e-6, 1.2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12, 50e-6, 50e-6, 0.8e-6),
+    20e-6,
+)
 _PRIOR_OBSERVATIONS = 32.0
 _NOMINAL_SHARE = 1e-3
 _PRIOR_FADING = 0.97
@@ -83,25 +87,7 @@ class CostModel:
 
     def predict(self, features: PlanFeatures) -> float:
         """Seconds that an iteration with these features takes."""
-        f = features
-        kv, products, sequences, loss, backward, slices, adapters, steps, elements, heads, layers, again = (
-            self._weights
-        )
-        return (
-            self._curve(f.forward_tokens)
-            + kv * f.kv_tokens_read
-            + products * f.attention_products
-            + sequences * f.num_sequences
-            + loss * f.loss_tokens
-            + backward * f.backward_token_layers
-            + slices * f.num_backward_slices
-            + adapters * f.num_adapters
-            + steps * f.optimizer_steps
-            + elements * f.adapter_elements
-            + heads * f.num_loss_windows
-            + layers * f.num_backward_layers
-            + again * f.recomputed_token_layers
-        )
+        return self._curve(features.forward_tokens) + sum(map(mul, self._weights, features.linear))
 
     def decode_s(self, context: int) -> float:
         """Seconds of one decode with `context` keys, alone."""
@@ -112,7 +98,7 @@ class CostModel:
         w = self._weights
         keys_s = w[0] * context + w[1] * num_tokens * context
         loss_s = w[3] * loss_tokens + w[9] if loss_tokens else 0.0
-        return self._curve(num_tokens) + keys_s + loss_s
+        return self._curve(num_tokens) + keys_s + loss_s + w[12]
 
     def backward_s(
         self, token_layers: int, num_slices: float, num_layers: float, recomputed_token_layers: int

@@ -205,6 +205,7 @@ class PlanDraft:
         alone.forward_tokens += num_tokens
         alone.kv_tokens_read += end
         alone.attention_products += num_tokens * end
+        alone.num_chunks += 1
         _count_loss(alone, loss_share, num_tokens)
         self.training.add(pack.spec.tenant, self.cost.chunk_s(num_tokens, end, loss_tokens))
         self._charge_adapter(pack.spec.tenant, adapter_slot)
@@ -345,6 +346,7 @@ class PlanDraft:
         self.tally.forward_tokens += sign * num_tokens
         self.tally.kv_tokens_read += sign * end
         self.tally.attention_products += sign * num_tokens * end
+        self.tally.num_chunks += sign
 
     def _search_chunk(self, start: int, most: int, budget_s: float, loss_share: float = 0.0) -> int:
         if self._predict_chunk(start, most, loss_share) <= budget_s:

@@ -18,7 +18,8 @@ class PlanFeatures:
     them whose activations were not kept, `num_adapters` distinct adapters and `adapter_elements` their
     elements (so ranks count). `num_loss_windows` counts segments with a loss, each a pass over the head's
     weights, and `num_backward_layers` the layers that each wave goes through: slices of neighbouring windows
-    run as one, so that its weights are read about once.
+    run as one, so that its weights are read about once. `num_chunks` counts segments longer than one token:
+    on a CPU each has attention and adapter products of its own.
     """
 
     forward_tokens: int = 0
@@ -34,6 +35,7 @@ class PlanFeatures:
     num_loss_windows: int = 0
     num_backward_layers: int = 0
     recomputed_token_layers: int = 0
+    num_chunks: int = 0
 
     @property
     def linear(self) -> tuple[int, ...]:
@@ -51,6 +53,7 @@ class PlanFeatures:
             self.num_loss_windows,
             self.num_backward_layers,
             self.recomputed_token_layers,
+            self.num_chunks,
         )
 
     @property
@@ -83,5 +86,6 @@ LINEAR_NAMES = (
     "num_loss_windows",
     "num_backward_layers",
     "recomputed_token_layers",
+    "num_chunks",
 )
 """The features that a time depends on linearly."""

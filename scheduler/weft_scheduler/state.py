@@ -19,7 +19,6 @@ from weft_scheduler.deadlines import Deadlines
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.drain import ServiceMeter, TenantQueue
 from weft_scheduler.fairness import FairQueue
-from weft_scheduler.features import PlanFeatures
 from weft_scheduler.limits import Limits
 from weft_scheduler.prefix import PrefixChain, PrefixIndex
 from weft_scheduler.requests import Sequence, SequenceStatus, running_key
@@ -211,15 +210,9 @@ class SchedulerState:
         """The time that a prompt would take alone, whose first `num_cached` tokens are cached or computed."""
         most = self.limits.max_batch_tokens
         num_full, rest = divmod(num_tokens - num_cached, most)
-        price_s = num_full * self.cost.predict(
-            PlanFeatures(forward_tokens=most, kv_tokens_read=num_tokens, attention_products=most * num_tokens)
-        )
+        price_s = num_full * self.cost.chunk_s(most, num_tokens)
         if rest:
-            price_s += self.cost.predict(
-                PlanFeatures(
-                    forward_tokens=rest, kv_tokens_read=num_tokens, attention_products=rest * num_tokens
-                )
-            )
+            price_s += self.cost.chunk_s(rest, num_tokens)
         return price_s
 
     # ------------------------------------------------------------ prefix cache

@@ -112,6 +112,7 @@ class SimulatedDevice:
             work.forward_tokens += segment.num_tokens
             kv_tokens += end
             work.attention_products += segment.num_tokens * end
+            work.num_chunks += 1
             if segment.kind is SegmentKind.TRAIN:
                 (self._keeping.add if segment.keeps_activations else self._keeping.discard)(name)
                 if segment.with_loss:

@@ -142,7 +142,11 @@ def calibration_samples(
     features += [_decodes(num, adapter_elements) for num in (1, 4, 8) if adapter_elements]
     window = min(limits.window_tokens, limits.max_pack_tokens, limits.max_batch_tokens)
     if window >= 2:
-        features.append(PlanFeatures(window, window, window * window, loss_tokens=window, num_loss_windows=1))
+        features.append(
+            PlanFeatures(
+                window, window, window * window, loss_tokens=window, num_loss_windows=1, num_chunks=1
+            )
+        )
         features += [_backward(window, limits.num_layers, 1)]
         features += [_backward(window, limits.num_layers, 0)] if limits.max_kept_tokens >= window else []
     return [(item, device.seconds(_work(item, limits))) for item in features]
@@ -168,7 +172,7 @@ def _backward(window: int, num_layers: int, recomputed: int) -> PlanFeatures:
 
 
 def _prompt(num: int) -> PlanFeatures:
-    return PlanFeatures(num, num, num * num, num_sequences=1)
+    return PlanFeatures(num, num, num * num, num_sequences=1, num_chunks=1)
 
 
 def _work(features: PlanFeatures, limits: Limits) -> Work:

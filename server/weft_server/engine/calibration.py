@@ -211,4 +211,5 @@ def _features(plan: StepPlan) -> PlanFeatures:
         attention_products=sum(s.num_tokens * (s.start + s.num_tokens) for s in chunks),
         num_sequences=sum(s.samples for s in plan.forward),
         num_adapters=len({s.adapter_slot for s in plan.forward} - {None}),
+        num_chunks=len(chunks),
     )

@@ -113,7 +113,7 @@ def test_a_fitted_device_predicts_as_the_server_did() -> None:
     assert (fitted.slo.tpot_s, fitted.slo.ttft_s, fitted.max_pack_tokens) == (0.04, 1.5, 4096)
     cost = CostModel()
     cost.calibrate(calibration_samples(Roofline(LLAMA, H200, "nf4"), fitted.limits))
-    counts = (300, 9000, 70_000, 20, 100, 4096, 8, 5, 1, 10_000, 3, 2)
+    counts = (300, 9000, 70_000, 20, 100, 4096, 8, 5, 1, 10_000, 3, 2, 4)
     features, work = PlanFeatures(*counts), Work(*counts)
     assert FittedDevice(fitted.cost).seconds(work) == pytest.approx(cost.predict(features), rel=1e-9)
 
