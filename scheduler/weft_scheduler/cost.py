@@ -87,7 +87,8 @@ class CostModel:
 
     def predict(self, features: PlanFeatures) -> float:
         """Seconds that an iteration with these features takes."""
-        return self._curve(features.forward_tokens) + sum(map(mul, self._weights, features.linear))
+        linear_s: float = sum(map(mul, self._weights, features.linear))
+        return self._curve(features.forward_tokens) + linear_s
 
     def decode_s(self, context: int) -> float:
         """Seconds of one decode with `context` keys, alone."""

@@ -5,12 +5,13 @@ import os
 import sys
 import traceback
 
+from weft_server.huge_pages import ask_for_huge_pages
+
 # The API process always runs beside the engine. Threads that spin for long while they wait then stall one
 # another; those that sleep at once wake late (`docs/decisions.md`, "OpenMP threads").
 if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Weights in huge pages, where the kernel grants them to whoever asks (`docs/decisions.md`, "CPU").
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+ask_for_huge_pages()
 
 from weft_server.engine.process import main
 

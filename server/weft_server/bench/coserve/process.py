@@ -21,16 +21,27 @@ from weft_server.bench.coserve.workload import WorkloadSpec
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How a process uses the processor: OpenMP threads, what they do while they wait, and its niceness."""
+    """How a process uses the processor: OpenMP threads, what they do while they wait (with `spins`, that many
+    rounds of spinning first), and its niceness.
+    """
 
     threads: int
     wait_policy: str = "PASSIVE"
     nice: int = 0
+    spins: int | None = None
 
     def __str__(self) -> str:
         """As tables print it."""
+        spins = f" after {self.spins} spins" if self.spins is not None else ""
         nice = f", nice {self.nice}" if self.nice else ""
-        return f"{self.threads} {'thread' if self.threads == 1 else 'threads'}, {self.wait_policy}{nice}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{threads}, {self.wait_policy}{spins}{nice}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What OpenMP reads when it is loaded."""
+        spins = {} if self.spins is None else {"GOMP_SPINCOUNT": str(self.spins)}
+        return {"OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": self.wait_policy, **spins}
 
 
 class ContenderError(RuntimeError):
@@ -43,12 +54,9 @@ class ContenderProcess:
     def __init__(self, role: str, setup: Setup, tuning: Tuning, turn_fileno: int | None = None) -> None:
         """Start it; entering the context waits until it is ready to run."""
         self._role = role
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(tuning.threads),
-            "OMP_WAIT_POLICY": tuning.wait_policy,
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+        environment.pop("GOMP_SPINCOUNT", None)
+        environment |= tuning.environment
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore::FutureWarning", "-m", "weft_server.bench.coserve.child"],
             stdin=subprocess.PIPE,

@@ -13,6 +13,8 @@ from typing import Generic, TypeVar
 from weft_server.bench.coserve.process import Tuning
 
 T = TypeVar("T")
+_SPINS = 1000
+"""Rounds that threads spin before they sleep, as those of the engine do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,11 @@ def sweep(contender: str, candidates: Sequence[T], measure: Callable[[T], tuple[
 
 def single_candidates(num_cores: int, *, is_quick: bool) -> list[Tuning]:
     """For a process that has the machine to itself; the first one is taken unseen in a quick run."""
+    briefly = Tuning(num_cores, spins=_SPINS)
     if is_quick:
-        return [Tuning(num_cores)]
+        return [briefly]
     fewer = [Tuning(num_cores // 2)] if num_cores > 1 else []
-    return [Tuning(num_cores), Tuning(num_cores, "ACTIVE"), *fewer]
+    return [briefly, Tuning(num_cores), Tuning(num_cores, "ACTIVE"), *fewer]
 
 
 def pair_candidates(num_cores: int, *, is_quick: bool) -> list[tuple[Tuning, Tuning]]:
@@ -56,6 +59,7 @@ def pair_candidates(num_cores: int, *, is_quick: bool) -> list[tuple[Tuning, Tun
     found = [(Tuning(half), Tuning(half)), (Tuning(num_cores), Tuning(num_cores, nice=19))]
     if not is_quick:
         found.append((Tuning(num_cores), Tuning(num_cores)))
+        found.append((Tuning(num_cores, spins=_SPINS), Tuning(num_cores, spins=_SPINS, nice=19)))
         found.append((Tuning(num_cores, "ACTIVE"), Tuning(num_cores, "ACTIVE")))
         found.append((Tuning(half), Tuning(half, nice=19)))
     return found
@@ -63,7 +67,5 @@ def pair_candidates(num_cores: int, *, is_quick: bool) -> list[tuple[Tuning, Tun
 
 def turn_candidates(num_cores: int, *, is_quick: bool) -> list[tuple[Tuning, Tuning]]:
     """For a generator and a trainer that take turns: neither computes while the other does."""
-    sleeping = (Tuning(num_cores), Tuning(num_cores))
-    if is_quick:
-        return [sleeping]
-    return [sleeping, (Tuning(num_cores, "ACTIVE"), Tuning(num_cores, "ACTIVE"))]
+    policies = [Tuning(num_cores, spins=_SPINS), Tuning(num_cores), Tuning(num_cores, "ACTIVE")]
+    return [(policy, policy) for policy in policies[: 1 if is_quick else None]]
