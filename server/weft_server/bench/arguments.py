@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from weft_server.bench.coserve.arguments import add_coserve_arguments
 from weft_server.bench.serve.arguments import add_serve_arguments
 from weft_server.bench.surroundings import checkout
 from weft_server.errors import ConfigError
-from weft_server.huge_pages import ask_for_huge_pages
+from weft_server.huge_pages import HUGE_PAGES
 from weft_server.number_flags import count, from_zero
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -50,7 +51,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _runner(part: Part) -> Callable[[argparse.Namespace], int]:
     def run(arguments: argparse.Namespace) -> int:
         _make_folder(arguments.out)
-        ask_for_huge_pages()
+        os.environ.setdefault(*HUGE_PAGES)
         module: Any = importlib.import_module(part.module)
         with _terminated_in_order():
             code: int = module.run(arguments)

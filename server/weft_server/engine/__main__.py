@@ -5,13 +5,13 @@ import os
 import sys
 import traceback
 
-from weft_server.huge_pages import ask_for_huge_pages
+from weft_server.huge_pages import HUGE_PAGES
 
 # The API process always runs beside the engine. Threads that spin for long while they wait then stall one
 # another; those that sleep at once wake late (`docs/decisions.md`, "OpenMP threads").
 if os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-ask_for_huge_pages()
+os.environ.setdefault(*HUGE_PAGES)
 
 from weft_server.engine.process import main
 
