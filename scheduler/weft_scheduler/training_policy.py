@@ -24,7 +24,7 @@ PATIENCE_S = 5.0
 """How long windows that take much longer beside requests wait for a plan without any."""
 
 _IMPATIENCE_S = 8 * PATIENCE_S
-_DEAREST = 1.25
+_DEAREST = 1.5
 
 MAX_LEAD_S = 0.5
 """How far a tenant may be ahead of another tenant's runnable finetuning before its work must wait."""

@@ -136,7 +136,7 @@ def window_times(engine: Any, request_spec: Callable[..., Any], loss_window_s: f
     curve = {knot: 0.01 + int(knot) / 1000 for knot in values["curve"]}
     cost = CostModel.from_dict({"curve": curve, "weights": weights})
     engine.scheduler.cost = engine.scheduler._state.cost = cost
-    engine.train_endlessly("j", "t", [64] * 4)
+    engine.train_endlessly("j", "t", [128] * 4)
     engine.step()
     engine.request(request_spec("r", num_prompt_tokens=4, max_new_tokens=2200))
     began_s, times = engine.now, []
@@ -148,15 +148,16 @@ def window_times(engine: Any, request_spec: Callable[..., Any], loss_window_s: f
     return times
 
 
-@pytest.mark.parametrize("loss_window_s", [0.0, 0.03], ids=["cheap", "dear"])
+@pytest.mark.parametrize("loss_window_s", [0.0, 0.035], ids=["cheap", "dear"])
 def test_windows_that_are_dear_beside_requests_wait_for_a_plan_without_any_and_not_for_ever(
     make_engine: Callable[..., Any], request_spec: Callable[..., Any], loss_window_s: float
 ) -> None:
     engine = make_engine(
-        targets=LatencyTargets(0.065, 2.0),
+        targets=LatencyTargets(0.07, 2.0),
         num_blocks=900,
         max_model_len=2300,
-        max_batch_tokens=128,
+        max_batch_tokens=192,
+        max_train_tokens=600,
         noise=0.0,
     )
     times = window_times(engine, request_spec, loss_window_s)
