@@ -106,7 +106,7 @@ class BudgetController:
         self._times_alone: deque[float] = deque(maxlen=_WINDOW)
         self._first_tokens: list[float] = []
         self._decodes_alone: deque[float] = deque(maxlen=_RECENT_ALONE)
-        self._num_since_probe = 0
+        self._num_since_probe = self._num_since_followed = 0
 
     def wants_probe(self, num_decodes: int, num_prefill_tokens: int) -> bool:
         """Whether a plan of these decodes and prompt tokens should go without finetuning, to be measured."""
@@ -130,12 +130,15 @@ class BudgetController:
         if not num_decodes:
             return
         self._num_since_probe += 1
+        self._num_since_followed += 1
         if not (has_training or has_prefill):
             self._times_alone.append(elapsed_s)
             self._decodes_alone.append(elapsed_s)
             self._num_since_probe = 0
         if is_filled or elapsed_s > self.tpot_s:
             self._times.append(elapsed_s)
+        if self._num_since_followed >= _WINDOW:
+            self._follow_unloaded()
         if len(self._times) < _WINDOW:
             return
         self.measured_s = self._percentile(self._times)
@@ -162,6 +165,7 @@ class BudgetController:
 
     def _follow_unloaded(self) -> None:
         """Move a relative target, and the budget with it, to what decodes alone take now."""
+        self._num_since_followed = 0
         factor = self.targets.unloaded_factor
         if factor is None or len(self._decodes_alone) < _FEWEST_ALONE:
             return

@@ -190,3 +190,11 @@ def test_iterations_are_short_enough_for_the_first_token_of_an_arrival() -> None
     for _ in range(64 * 20):
         budget.observe(0.02, num_decodes=1)
     assert budget.decode_budget_s == pytest.approx(0.03)
+
+
+def test_a_relative_target_follows_iterations_that_do_not_fill_the_budget() -> None:
+    budget = BudgetController(LatencyTargets(0.008, 2.0, unloaded_factor=2.0))
+    for _ in range(64):
+        budget.observe(0.007, num_decodes=1, has_training=False, is_filled=False)
+    assert budget.tpot_s == pytest.approx(0.014)
+    assert budget.measured_s is None

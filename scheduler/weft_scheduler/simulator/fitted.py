@@ -15,7 +15,7 @@ from weft_scheduler.limits import Limits
 from weft_scheduler.scheduler import Scheduler
 from weft_scheduler.simulator.report import Slo
 
-FORMAT = "weft-cost-model-2"
+FORMAT = "weft-cost-model-3"
 
 _DEVIATIONS_PER_MEDIAN = 1.4826
 """Standard deviation over median absolute deviation, of a normal distribution."""
