@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from math import isfinite
-from operator import mul
 from statistics import median
 from typing import Any
 
@@ -87,8 +86,23 @@ class CostModel:
 
     def predict(self, features: PlanFeatures) -> float:
         """Seconds that an iteration with these features takes."""
-        linear_s: float = sum(map(mul, self._weights, features.linear))
-        return self._curve(features.forward_tokens) + linear_s
+        f, w = features, self._weights
+        return (
+            self._curve(f.forward_tokens)
+            + w[0] * f.kv_tokens_read
+            + w[1] * f.attention_products
+            + w[2] * f.num_sequences
+            + w[3] * f.loss_tokens
+            + w[4] * f.backward_token_layers
+            + w[5] * f.num_backward_slices
+            + w[6] * f.num_adapters
+            + w[7] * f.optimizer_steps
+            + w[8] * f.adapter_elements
+            + w[9] * f.num_loss_windows
+            + w[10] * f.num_backward_layers
+            + w[11] * f.recomputed_token_layers
+            + w[12] * f.num_chunks
+        )
 
     def decode_s(self, context: int) -> float:
         """Seconds of one decode with `context` keys, alone."""

@@ -155,8 +155,8 @@ class StackCache:
             del self._recent[next(iter(self._recent))]
         num_covered = max((stack.num_covered(few.slots) for stack in self._stacks), default=0)
         num_alone = len(few.slots) - num_covered
-        self._num_alone = self._num_alone + num_alone if num_alone else 0
-        if self._num_alone >= PATIENCE:
+        self._num_alone = self._num_alone + num_alone if num_alone else max(0, self._num_alone - 1)
+        if num_alone and self._num_alone >= PATIENCE:
             self._num_alone = 0
             self._add_stack(few.slots, table)
         self._stacks.sort(key=lambda stack: stack.num_covered(few.slots))
