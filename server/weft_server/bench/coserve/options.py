@@ -100,7 +100,7 @@ def read_options(arguments: argparse.Namespace) -> Options:
         trace=arguments.trace,
         length_scale=arguments.length_scale or (1.0 if is_gpu else 0.125),
         loads=_loads(arguments.loads) or ((1.0, 5.0, 15.0) if is_gpu else None),
-        load_shares=(0.5,) if is_quick else (0.1, 0.3, 0.5, 0.75),
+        load_shares=(0.5,) if is_quick else (0.1, 0.3, 0.45, 0.75),
         slos=tuple(SloSpec.parse(part) for part in slos.split(",")),
         ttft_s=arguments.ttft_slo_ms / 1000,
         seconds=seconds,

@@ -9,6 +9,8 @@ from weft_server.bench.coserve.process import Tuning
 from weft_server.bench.coserve.tuning import Sweep
 
 HALF_BUSY = 0.5
+SAME_ATTAINMENT = 0.1
+"""How much less of the requests a rival may attain and still be compared: two or three of a window's."""
 
 
 @dataclass(slots=True)
@@ -67,12 +69,22 @@ class Results:
 
     def gain(self, rival: str, load: float, slo: Slo) -> float | None:
         """Weft's finetuned tokens a second over a rival's; 0 where Weft attains less than the rival does and
-        less than it should, None where the rival was not measured.
+        less than it should, None where the rival was not measured or attains too little to be compared.
         """
         own, other = self.find("Weft", load, slo), self.find(rival, load, slo)
-        if own is None or other is None or not other.trained_per_s:
+        if own is None or other is None or not other.trained_per_s or self.is_outdone(rival, load, slo):
             return None
         needed = min(ATTAINMENT, other.attained(slo) or 0.0)
         if (own.attained(slo) or 0.0) < needed:
             return 0.0
         return own.trained_per_s / other.trained_per_s
+
+    def is_outdone(self, rival: str, load: float, slo: Slo) -> bool:
+        """Whether a rival attains less than it should, and more than `SAME_ATTAINMENT` less than Weft: then
+        nothing was measured at the same attainment.
+        """
+        own, other = self.find("Weft", load, slo), self.find(rival, load, slo)
+        if own is None or other is None:
+            return False
+        needed = min(ATTAINMENT, own.attained(slo) or 0.0)
+        return (other.attained(slo) or 0.0) < needed - SAME_ATTAINMENT

@@ -51,9 +51,18 @@ def test_a_gain_needs_the_attainment_that_the_rival_has():
     good, bad = [answer()], [answer(tpot_s=5.0)]
     results.points = [point(answers=bad), point("alternating", good, trained=50.0)]
     assert results.gain("alternating", 1.0, SLO) == 0.0
-    results.points = [point(answers=good), point("alternating", bad, trained=50.0)]
-    assert results.gain("alternating", 1.0, SLO) == pytest.approx(2.0)
+    assert not results.is_outdone("alternating", 1.0, SLO)
     assert results.gain("two processes", 1.0, SLO) is None
+
+
+@pytest.mark.parametrize(("num_bad", "is_outdone"), [(0, False), (2, False), (4, True), (20, True)])
+def test_a_rival_that_attains_much_less_is_not_compared(num_bad: int, is_outdone: bool):
+    results = Results("tiny", loads=(1.0,), slos=(SLO,))
+    other = [answer()] * (20 - num_bad) + [answer(tpot_s=5.0)] * num_bad
+    results.points = [point(answers=[answer()] * 20), point("alternating", other, trained=50.0)]
+    assert results.is_outdone("alternating", 1.0, SLO) == is_outdone
+    gain = results.gain("alternating", 1.0, SLO)
+    assert gain is None if is_outdone else gain == pytest.approx(2.0)
 
 
 def test_kept_is_relative_to_the_own_peak_and_the_own_light_load():
