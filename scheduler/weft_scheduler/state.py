@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection
 from heapq import nlargest
 from itertools import pairwise
-from math import inf
 
 from weft_scheduler.blocks import BlockAllocator
 from weft_scheduler.cost import CostModel
 from weft_scheduler.deadlines import Deadlines
+from weft_scheduler.demand import DecodeDemand
 from weft_scheduler.draft import PlanDraft
 from weft_scheduler.drain import ServiceMeter, TenantQueue
 from weft_scheduler.fairness import FairQueue
@@ -59,7 +59,7 @@ class SchedulerState:
         self.meter = ServiceMeter()
         self.committed = 0
         self.num_idle_training_plans = 0
-        self.last_open_s = -inf
+        self.demand = DecodeDemand()
         self.num_prefix_queries = 0
         self.num_prefix_hits = 0
 
@@ -178,10 +178,11 @@ class SchedulerState:
         if tenant not in self.waiting.backlogs and not self.num_running[tenant]:
             self.meter.begin(tenant, now_s)
 
-    def meter_tokens(self, sampled: Iterable[Sequence], now_s: float) -> None:
+    def meter_tokens(self, sampled: Collection[Sequence], now_s: float) -> None:
         """Count what the tenants are being given: prompts with their first token, decodes one by one."""
         served: defaultdict[str, float] = defaultdict(float)
         decode_s = self.cost.decode_s(1)
+        self.demand.add(len(sampled), now_s)
         for sequence in sampled:
             spec = sequence.spec
             is_first = not sequence.num_generated

@@ -20,11 +20,8 @@ from weft_scheduler.training import Job, Pack, PackStatus, Wave
 LEAST_TRICKLE_INTERVAL, MOST_TRICKLE_INTERVAL = 8, 120
 """Bounds of the number of plans after which finetuning gets one unit, whatever the budget."""
 
-PATIENCE_S = 5.0
-"""How long windows that take much longer beside requests wait for a plan without any."""
-
-_IMPATIENCE_S = 8 * PATIENCE_S
 _DEAREST = 1.5
+_MOST_DEMAND = 0.7
 
 MAX_LEAD_S = 0.5
 """How far a tenant may be ahead of another tenant's runnable finetuning before its work must wait."""
@@ -104,35 +101,32 @@ def plan_training(
     """Add units of finetuning within the budget; at least one if `is_due`, or if the plan would be empty and
     must not be.
     """
-    if not draft.forward:
-        state.last_open_s = draft.now_s
     if draft.must_finish_layer:
         finish_layer(state, draft)
     _admit_packs(state, draft)
     _add_steps(state, draft, budget_s)
     is_in_turn = _turns(state, draft)
-    is_patient = awaits_open_plan(state, draft)
+    is_patient = awaits_open_plan(state, draft, budget_s)
     _add_windows(state, draft, budget_s, is_in_turn, is_patient=is_patient)
     _add_slices(state, draft, budget_s, is_in_turn)
     is_empty = not draft.forward and not _step_is_in_flight(state)
     if not draft.num_training_units and (is_due or (is_empty and not may_be_empty)):
         _force_one(state, draft)
-    if draft.num_training_units or not is_runnable(state):
-        state.num_idle_training_plans = 0
-    elif not is_patient:
-        state.num_idle_training_plans += 1
+    is_idle = is_runnable(state) and not draft.num_training_units
+    state.num_idle_training_plans = state.num_idle_training_plans + 1 if is_idle else 0
 
 
-def awaits_open_plan(state: SchedulerState, draft: PlanDraft) -> bool:
+def awaits_open_plan(state: SchedulerState, draft: PlanDraft, budget_s: float) -> bool:
     """Whether windows that are dear beside the requests of this plan wait for one without any.
 
-    They do for `PATIENCE_S` after such a plan: as long as machines with some idle time take to finish what
-    they are at, the sooner the less is put beside it. Where none comes, they do so again for an equally long
-    time now and then, as it may be the windows which keep the machine from ever being idle.
+    They do while there is time without requests even if every plan takes `budget_s`: the less is put beside
+    requests then, the more of it there is. Beyond that, plans that take longer serve more requests at once,
+    which saves more than dear windows cost.
     """
-    if not draft.forward or state.last_open_s == -inf:
+    if not draft.forward:
         return False
-    return (draft.now_s - state.last_open_s) % (PATIENCE_S + _IMPATIENCE_S) < PATIENCE_S
+    longest_s = max(budget_s, draft.predicted_s)
+    return state.demand.tokens_per_s(draft.now_s) * longest_s < _MOST_DEMAND
 
 
 def plan_capped_training(state: SchedulerState, draft: PlanDraft, max_tokens: int, max_layers: int) -> None:
