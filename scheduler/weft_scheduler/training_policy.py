@@ -20,7 +20,10 @@ from weft_scheduler.training import Job, Pack, PackStatus, Wave
 LEAST_TRICKLE_INTERVAL, MOST_TRICKLE_INTERVAL = 8, 120
 """Bounds of the number of plans after which finetuning gets one unit, whatever the budget."""
 
-_DEAREST = 1.5
+DEAREST = 1.5
+"""The most that a token of a window may take beside requests, as a multiple of what it takes without any,
+where there is time without any (`has_idle_time`)."""
+
 _MOST_DEMAND = 0.7
 
 MAX_LEAD_S = 0.5
@@ -106,8 +109,8 @@ def plan_training(
     _admit_packs(state, draft)
     _add_steps(state, draft, budget_s)
     is_in_turn = _turns(state, draft)
-    is_patient = awaits_open_plan(state, draft, budget_s)
-    _add_windows(state, draft, budget_s, is_in_turn, is_patient=is_patient)
+    dearest = DEAREST if draft.forward and has_idle_time(state, draft, budget_s) else inf
+    _add_windows(state, draft, budget_s, is_in_turn, dearest)
     _add_slices(state, draft, budget_s, is_in_turn)
     is_empty = not draft.forward and not _step_is_in_flight(state)
     if not draft.num_training_units and (is_due or (is_empty and not may_be_empty)):
@@ -116,15 +119,13 @@ def plan_training(
     state.num_idle_training_plans = state.num_idle_training_plans + 1 if is_idle else 0
 
 
-def awaits_open_plan(state: SchedulerState, draft: PlanDraft, budget_s: float) -> bool:
-    """Whether windows that are dear beside the requests of this plan wait for one without any.
+def has_idle_time(state: SchedulerState, draft: PlanDraft, budget_s: float) -> bool:
+    """Whether there is time without requests even if every plan with some takes `budget_s`, by the tokens
+    that are decoded lately.
 
-    They do while there is time without requests even if every plan takes `budget_s`: the less is put beside
-    requests then, the more of it there is. Beyond that, plans that take longer serve more requests at once,
-    which saves more than dear windows cost.
+    The less is put beside requests then, the more of that time there is. Otherwise plans that take longer
+    serve more requests at once, which saves more than dear windows cost.
     """
-    if not draft.forward:
-        return False
     longest_s = max(budget_s, draft.predicted_s)
     return state.demand.tokens_per_s(draft.now_s) * longest_s < _MOST_DEMAND
 
@@ -232,13 +233,11 @@ def _add_windows(
     draft: PlanDraft,
     budget_s: float,
     is_in_turn: Callable[[Pack], bool],
-    *,
-    is_patient: bool,
+    dearest: float,
 ) -> None:
-    """As many tokens of forward passes as fit, the oldest pack first; those of one pack are one window. If
-    `is_patient`, none that takes much longer than alone.
+    """As many tokens of forward passes as fit, the oldest pack first; those of one pack are one window. None
+    whose tokens take more than `dearest` times what they take alone.
     """
-    dearest = _DEAREST if is_patient else inf
     for pack in filter(is_in_turn, state.training.alive):
         if pack.status is PackStatus.FORWARDING:
             rest = pack.spec.num_tokens - pack.num_forwarded
