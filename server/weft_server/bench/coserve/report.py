@@ -19,8 +19,8 @@ _NOTES = (
     "unanswered at the end of a window's drain did not. An objective's time per token is relative to Weft's "
     "unloaded one, for every contender.",
     "Better by 0: Weft attained less than the rival, and less than 95 %, so its finetuning is no gain.",
-    "Better by –: the rival attained less than 95 %, and more than 10 points less than Weft, so what it "
-    "finetuned was not at the same attainment.",
+    "Better by, not measured: the rival attained less than 95 %, and more than 10 points less than Weft, so "
+    "what it finetuned was not at the same attainment.",
     "Alternating: Weft's engine and kernels, iterations of inference and of finetuning in turn, the latter "
     "as long as the objective leaves.",
     "Two processes: a transformers + PEFT loop that generates (continuous batching, adapters mixed by "
