@@ -40,6 +40,7 @@ from weft_server.store.values import decode_value, encode_value
 _log = logging.getLogger(__name__)
 
 _BUSY_TIMEOUT_S = 5.0
+_RETRY_S = 0.01
 _COLUMNS = "kind, tenant, id, value, version, seq"
 
 _REASONS = {
@@ -295,7 +296,7 @@ class SqliteRecordStore:
             self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
         try:
-            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            mode = _write_ahead(connection)
             if mode != "wal":
                 raise StoreUnavailable(
                     f"{self.path} cannot use write-ahead logging (its mode is {mode!r}); "
@@ -387,6 +388,22 @@ def _scope(kind: str, tenant: str | None) -> tuple[str, tuple[str | int, ...]]:
     if tenant is None:
         return "kind = ?", (kind,)
     return "kind = ? AND tenant = ?", (kind, tenant)
+
+
+def _write_ahead(connection: sqlite3.Connection) -> str:
+    """Switch to write-ahead logging; the mode that it is in then.
+
+    While another process is just creating the file, SQLite does not wait for this as it does for statements.
+    """
+    until_s = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            mode: str = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            return mode
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= until_s:
+                raise
+        time.sleep(_RETRY_S)
 
 
 def _row_limit(limit: int | None) -> int:

@@ -101,6 +101,20 @@ def test_several_processes_may_create_the_same_store(
     assert sorted(numbers) == list(range(1, 21))
 
 
+def test_a_file_that_another_process_is_just_creating_is_waited_for(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "weft.db", isolation_level=None, check_same_thread=False)
+    for statement in ("CREATE TABLE created (x)", "DROP TABLE created", "BEGIN IMMEDIATE"):
+        other.execute(statement)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(open_store, "sqlite", tmp_path)
+        with pytest.raises(TimeoutError):
+            opening.result(timeout=0.3)
+        other.execute("ROLLBACK")
+        with opening.result(timeout=10) as store:
+            store.records.apply([Create("total", "t", "one", {"n": 0})])
+    other.close()
+
+
 def test_the_engines_blobs_are_the_servers(store: Store, store_url: str, tmp_path: Path) -> None:
     with open_blobs(store_url, tmp_path) as engine_blobs:
         blob = engine_blobs.put([b"checkpoint"])
