@@ -30,10 +30,7 @@ KNOTS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 _SIZE = len(KNOTS) + len(LINEAR_NAMES)
 _NOMINAL_CURVE = (10e-3, 0.1e-3, 0.1e-3, 0.1e-3, 0.5e-3, 2e-3, 8e-3, 20e-3, 40e-3, 80e-3, 160e-3)
-_NOMINAL_WEIGHTS = (
-    *(10e-9, 0.5e-9, 5e-6, 10e-6, 1.2e-6, 50e-6, 20e-6, 2e-3, 0.7e-12, 50e-6, 50e-6, 0.8e-6),
-    20e-6,
-)
+_NOMINAL_WEIGHTS = (1e-8, 5e-10, 5e-6, 1e-5, 1.2e-6, 5e-5, 2e-5, 2e-3, 7e-13, 5e-5, 5e-5, 8e-7, 2e-5)
 _PRIOR_OBSERVATIONS = 32.0
 _NOMINAL_SHARE = 1e-3
 _PRIOR_FADING = 0.97

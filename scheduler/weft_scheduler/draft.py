@@ -174,13 +174,13 @@ class PlanDraft:
         loss_share = 0.0 if pack.has_loss else pack.spec.num_target_tokens / pack.spec.num_tokens
         new = self._count_adapters((adapter_slot,))
         num_tokens = self._search_chunk(start, min(whole, self.tokens_left), budget_s, loss_share)
-        is_too_dear = dearest < inf and num_tokens > 0
-        if is_too_dear:
+        can_be_added = num_tokens >= min(whole, MIN_WINDOW_TOKENS)
+        if can_be_added and dearest < inf:
             added_s = self._predict_chunk(start, num_tokens, loss_share) - before_s
             alone_s = self.cost.chunk_s(whole, start + whole, ceil(loss_share * whole))
             alone_s += self.cost.adapter_s(self._elements_of([adapter_slot]))
-            is_too_dear = added_s / num_tokens > dearest * alone_s / whole
-        if num_tokens < min(whole, MIN_WINDOW_TOKENS) or is_too_dear:
+            can_be_added = added_s / num_tokens <= dearest * alone_s / whole
+        if not can_be_added:
             self._uncount_adapters(new)
             return False
         self._count_chunk(start, num_tokens)

@@ -92,6 +92,7 @@ def _add_cpu_targets(report: Report, results: Results) -> None:
     for rival in ("two processes", "taking turns"):
         for slo in results.slos:
             if results.is_outdone(rival, load, slo):
+                report.notes.append(f"Not compared, {busy}, {slo.name}: {rival}, which attain too little.")
                 continue
             report.target(
                 f"finetuning over {rival} at the same attainment, {busy}, {slo.name}",
